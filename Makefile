@@ -1,0 +1,38 @@
+# make reproduce   set up, run the first chapter on real text, print its claims
+# make test        set up, run the whole suite
+# Everything else is for contributors. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN    := .venv/bin
+READY  := .venv/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: reproduce test setup book export clean-nbs docs lint
+
+reproduce: $(READY)
+	$(BIN)/lmlab run yoco --scale smoke
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+setup: $(READY)
+
+$(READY): settings.ini setup.py .ci/constraints.txt $(wildcard kernels/*.cpp kernels/*.h)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "lmlab needs Python 3.11 or newer; PYTHON=$(PYTHON) is" `$(PYTHON) -V`; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -U pip setuptools wheel
+	$(BIN)/python -m pip install -q "`grep ^torch== .ci/constraints.txt`"
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e ".[dev,docs]"
+	@touch $@
+
+export: $(READY)        ## notebooks -> lmlab/, README.md
+	$(BIN)/nbdev_export
+	$(BIN)/ruff format -q lmlab kernels tests setup.py
+	$(BIN)/ruff check -q --fix lmlab kernels tests setup.py
+
+docs: $(READY)          ## the site, into _docs/
+	$(BIN)/lmlab docs
+
+lint: $(READY)
+	$(BIN)/ruff check lmlab kernels tests setup.py
+	$(BIN)/ruff format --check lmlab kernels tests setup.py
