@@ -25,6 +25,7 @@ __all__ = [
     "code_hash",
     "results_path",
     "state",
+    "result",
     "all_results",
     "best",
     "number",
@@ -338,7 +339,7 @@ def read_results(
     return res
 
 
-# %% ../../nbs/core/ledger.ipynb #fb2d463f
+# %% ../../nbs/core/ledger.ipynb #cb83375c
 def code_hash(
     path,  # a notebook
 ) -> str:  # 16 hexadecimal digits
@@ -373,19 +374,23 @@ def state(
     return "fresh" if read_results(path)["code_hash"] == code_hash(notebook(slug)) else "stale"
 
 
+def result(slug: str, scale: str) -> dict | None:  # with `state` added; None where nothing was measured
+    "The committed result of a chapter at one scale"
+    if not results_path(slug, scale).exists():
+        return None
+    return read_results(results_path(slug, scale)) | {"state": state(slug, scale)}
+
+
 def all_results() -> dict:  # (slug, scale) -> results, with `state` added
     "The whole committed ledger"
-    found = {
-        (s, sc): results_path(s, sc) for s in catalogue() for sc in SCALES if results_path(s, sc).exists()
-    }
-    return {k: read_results(p) | {"state": state(*k)} for k, p in found.items()}
+    return {(s, sc): r for s in catalogue() for sc in SCALES if (r := result(s, sc))}
 
 
 def best(
     slug: str,  # a paper
 ) -> dict | None:  # the result of the largest scale measured
     "The most telling result of a chapter"
-    return next((r for sc in reversed(SCALES) if (r := all_results().get((slug, sc)))), None)
+    return next((r for sc in reversed(SCALES) if (r := result(slug, sc))), None)
 
 
 # %% ../../nbs/core/ledger.ipynb #83428b77
