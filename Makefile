@@ -6,7 +6,7 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: reproduce test setup book export clean-nbs docs lint
+.PHONY: reproduce test setup export index docs lint
 
 reproduce: $(READY)
 	$(BIN)/lmlab run yoco --scale smoke
@@ -25,10 +25,14 @@ $(READY): settings.ini setup.py .ci/constraints.txt $(wildcard kernels/*.cpp ker
 	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e ".[dev,docs]"
 	@touch $@
 
-export: $(READY)        ## notebooks -> lmlab/, README.md
+export: $(READY)        ## notebooks -> lmlab/
 	$(BIN)/nbdev_export
 	$(BIN)/ruff format -q lmlab kernels tests setup.py
-	$(BIN)/ruff check -q --fix lmlab kernels tests setup.py
+	$(BIN)/ruff check -q --fix --exit-zero lmlab kernels tests setup.py
+
+index: $(READY)         ## front page, part pages and README.md, from the ledger as it stands
+	$(BIN)/lmlab run index core/index architectures/index --save
+	$(BIN)/python -c "from lmlab.core.site import write_readme; write_readme()"
 
 docs: $(READY)          ## the site, into _docs/
 	$(BIN)/lmlab docs

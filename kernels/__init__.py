@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
-FAMILIES = ("decay", "read")  # each is a module here with its operations and a `bench()`
+FAMILIES = ("decay", "read", "ternary")  # each is a module here with its operations and a `bench()`
 _PUBLIC = {"decay_scores": "decay", "read_bytes": "read"}
 
 _choice = ContextVar("lmlab_backend", default=None)

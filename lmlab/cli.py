@@ -326,7 +326,7 @@ class Live:
         self.draw()
 
 
-# %% ../nbs/cli.ipynb #99c6b7b4
+# %% ../nbs/cli.ipynb #7bdde078
 def _anonymous(o, folders):
     "Strings without this machine's folders and without memory addresses, as nbdev cleans them"
     if isinstance(o, dict):
@@ -341,9 +341,15 @@ def _anonymous(o, folders):
 
 
 def _settled(outputs):
-    "Neighbouring pieces of one stream joined, and progress bars as they ended"
+    "Neighbouring pieces of one stream joined, no progress bars"
     kept = []
     for o in outputs:
+        if (
+            o["output_type"] == "stream"
+            and o["name"] == "stderr"
+            and re.search(r"\d+%\||it/s\]|IProgress", o["text"])
+        ):
+            continue  # bars are for whoever waits
         if kept and o["output_type"] == kept[-1]["output_type"] == "stream" and o["name"] == kept[-1]["name"]:
             kept[-1]["text"] += o["text"]
         else:
@@ -379,19 +385,23 @@ def with_outputs(
 
 
 def save(
-    slug: str,  # a paper
+    name: str,  # a paper, or another notebook of the book such as `core/fit`
     scale: str,
     out,  # folder of a run that went well
 ) -> list:  # the files written
-    "Put a run into the ledger, and at scale `cpu` its outputs into the notebook"
-    out, path = Path(out), notebook(slug)
-    res = read_results(out / "results.json")
-    if (res["slug"], res["scale"]) != (slug, scale):
-        raise ValueError(f"{out}: holds results of {res['slug']} at {res['scale']}, not of {slug} at {scale}")
-    if res["code_hash"] != ledger.code_hash(path):
-        raise ValueError(f"{slug}: the notebook has changed since the run began; run it again to save it")
+    "A paper's run into the ledger; the outputs of scale `cpu`, or of a notebook that measures nothing, into the notebook"
+    out, paper = Path(out), name in catalogue()
+    path = notebooks()[name]
+    if paper:
+        res = read_results(out / "results.json")
+        if (res["slug"], res["scale"]) != (name, scale):
+            raise ValueError(
+                f"{out}: holds results of {res['slug']} at {res['scale']}, not of {name} at {scale}"
+            )
+        if res["code_hash"] != ledger.code_hash(path):
+            raise ValueError(f"{name}: the notebook has changed since the run began; run it again to save it")
     written = []
-    if scale == "cpu":
+    if scale == "cpu" or not paper:
         import nbformat
 
         from lmlab.core.runner import read_notebook, write_notebook
@@ -399,17 +409,19 @@ def save(
         folders = [
             (str(out), "."),
             (str(ledger.cache_dir()), "~/.cache/lmlab"),
-            (str(path.parents[2]), "."),
+            (str(ledger.book_dir().parent), "."),
             (str(Path.home()), "~"),
         ]
         new = with_outputs(read_notebook(path), read_notebook(out / path.name), folders)
         write_notebook(nbformat.from_dict(new), path)
         written.append(path)
-    ledger.write_json(results_path(slug, scale), res)
-    return [results_path(slug, scale), *written]
+    if paper:
+        ledger.write_json(results_path(name, scale), res)
+        written.append(results_path(name, scale))
+    return written
 
 
-# %% ../nbs/cli.ipynb #3a870876
+# %% ../nbs/cli.ipynb #6693d3aa
 TIMEOUT = dict(
     smoke=600, cpu=3600, gpu=3600
 )  # seconds for a chapter; far above what a chapter may take, to end what hangs
@@ -509,7 +521,7 @@ def run(
             signal.signal(signal.SIGTERM, old)
     for name, o in outcomes.items():
         print(_summary(name, scale, o, _width(stream)), file=stream)
-        if save_results and o.ok and name in catalogue():
+        if save_results and o.ok:
             for path in save(name, scale, o.path.parent):
                 print(f"saved: {path}", file=stream)
     failed = [n for n, o in outcomes.items() if not o.ok]

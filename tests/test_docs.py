@@ -112,7 +112,7 @@ def test_every_result_is_on_the_ledger(site):
 
 
 def test_tables_of_the_index_pages_are_current():
-    "What `refresh` would write now is what is committed"
+    "The tables of the index pages are what the ledger says now"
     for path in (p for p in S.notebooks() if Path(p).name == "index.ipynb"):
         for c in json.loads((book_dir() / path).read_text(encoding="utf-8"))["cells"]:
             d, code = S.directives("".join(c["source"]))
@@ -124,7 +124,7 @@ def test_tables_of_the_index_pages_are_current():
             table = eval(compile(ast.Expression(last.value), path, "eval"), names)
             shown = "".join(c["outputs"][0]["data"].get("text/markdown", "")) if c["outputs"] else None
             assert shown == table._repr_markdown_(), (
-                f"{path} is behind the ledger: python -c 'from lmlab.core.site import refresh; refresh()'"
+                f"{path} is behind the ledger: run `make index`"
             )
 
 

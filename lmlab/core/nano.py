@@ -156,7 +156,7 @@ def n_params(
     return sum(p.numel() for p in model.parameters() if id(p) not in skip)
 
 
-# %% ../../nbs/core/nano.ipynb #08c3e5fe
+# %% ../../nbs/core/nano.ipynb #40f4ae5b
 STEPS = 1500  # about a minute on one core
 
 
@@ -165,6 +165,7 @@ def recipe(
     steps: int = STEPS,  # of training; 0 leaves fresh weights
     seed: int = 0,  # of weights and order
     source="python",  # any source that `corpora.load` takes
+    length: int = 256,  # bytes of context
 ) -> dict:  # plain values; its hash names the folder in the cache
     "Everything that decides the weights of the shared model"
     import torch
@@ -174,6 +175,8 @@ def recipe(
 
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"steps: {steps!r}; a whole number from 0 is allowed")
+    if not isinstance(length, int) or not 16 <= length <= 1024:
+        raise ValueError(f"length: {length!r}; a whole number from 16 to 1024 is allowed")
     config(size=size)
     rows = load(source, split="train", seed=0)
     text = digest(
@@ -187,8 +190,8 @@ def recipe(
         seed=seed,
         source=source and str(source),
         text=text,
-        length=128,
-        batch_size=8,
+        length=length,
+        batch_size=1024 // length,
         lr=4e-3,
         initializer_range=0.08,
         torch=torch.__version__.split(".")[0],
@@ -205,13 +208,22 @@ def key(
     ).hexdigest()[:16]
 
 
-# %% ../../nbs/core/nano.ipynb #568df225
+# %% ../../nbs/core/nano.ipynb #32652e0e
 def _train(r, folder, progress):
     "Train by the recipe `r` and save into `folder`"
     from lmlab.core.corpora import blocks, load
     from lmlab.core.fit import fit
 
-    model, tok = build(r["kind"], r["size"], r["seed"], initializer_range=r["initializer_range"]), tokenizer()
+    model, tok = (
+        build(
+            r["kind"],
+            r["size"],
+            r["seed"],
+            initializer_range=r["initializer_range"],
+            max_position_embeddings=r["length"],
+        ),
+        tokenizer(),
+    )
     if r["steps"]:
         data = blocks(load(r["source"], split="train"), tok, r["length"])
         fit(
@@ -251,12 +263,13 @@ def nano_lm(
     steps: int = STEPS,  # of training; fewer where any trained model will do
     seed: int = 0,  # of weights and order
     source="python",  # what to train on: any source that `corpora.load` takes
+    length: int = 256,  # bytes of context; text beyond it is guessed badly, as with any model with rotary positions
     progress: bool = True,  # show a bar while training
 ):  # model in evaluation mode, tokenizer
     "The shared language model: read from the cache, or trained now and cached"
     from filelock import FileLock
 
-    r = recipe(size, steps, seed, source)
+    r = recipe(size, steps, seed, source, length)
     folder = cache_dir() / "nano" / key(r)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -292,15 +305,17 @@ def nano_lm(
 
 @contextmanager
 def _quiet():
-    "No bar of a second for reading a file of a megabyte"
+    "No bar for reading a file of a megabyte, and no report on a damaged file that is about to be replaced"
     from transformers.utils import logging
 
-    on = logging.is_progress_bar_enabled()
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        if on:
+        logging.set_verbosity(verbosity)
+        if bar:
             logging.enable_progress_bar()
 
 

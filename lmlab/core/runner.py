@@ -321,7 +321,7 @@ def _engine():
     papermill_engines.register("lmlab", Engine)
 
 
-# %% ../../nbs/core/runner.ipynb #aee301da
+# %% ../../nbs/core/runner.ipynb #c544e815
 class _Run:
     "What the judge needs to know while a notebook runs"
 
@@ -329,7 +329,9 @@ class _Run:
         self.source, self.cwd, self.nb, self.progress = nb, cwd, None, progress
         self.started, self.timeout, self.cell_timeout = time.monotonic(), timeout, cell_timeout
         self.mark, self.cell, self.tmp = uuid.uuid4().hex, None, Path(tempfile.mkdtemp(prefix="lmlab-"))
-        self.env = os.environ | {_MARK: self.mark, "LMLAB_OUT": str(out)}
+        quiet = "ignore:IProgress not found"  # tqdm asks for widgets, which a page cannot show anyway
+        warn = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), quiet)))
+        self.env = os.environ | {_MARK: self.mark, "LMLAB_OUT": str(out), "PYTHONWARNINGS": warn}
         codes = [i for i, c in enumerate(nb.cells) if is_code(c)]
         self.order, self.shift = {i: n for n, i in enumerate(codes, 1)}, None
 
@@ -371,7 +373,7 @@ def section(
     return ""
 
 
-# %% ../../nbs/core/runner.ipynb #59f50ff6
+# %% ../../nbs/core/runner.ipynb #dde97420
 def run_notebook(
     path,  # the notebook
     parameters: dict = None,  # values for names of its `parameters` cell
@@ -444,7 +446,7 @@ def run_dir(
 ) -> Path:
     "Where a run leaves what it makes when nobody says otherwise"
     path = Path(path).resolve()
-    part = path.parent.name if path.parent.name in ("core", book_dir().name) else ""
+    part = "core" if path.parent == (book_dir() / "core").resolve() else ""
     return cache_dir() / "runs" / part / path.stem / scale
 
 

@@ -45,7 +45,7 @@ __all__ = [
     "build",
     "sphinx_config",
     "readme",
-    "refresh",
+    "write_readme",
 ]
 
 # %% ../../nbs/core/site.ipynb #7a47b9be
@@ -1078,7 +1078,7 @@ def write_stage(
         (src / p).write_text(text, encoding="utf-8")
 
 
-# %% ../../nbs/core/site.ipynb #677a65f4
+# %% ../../nbs/core/site.ipynb #a9d64710
 def build(
     out="_docs",  # folder of the site, relative to the repository; replaced
     builder: str = "auto",  # `quarto`, `sphinx`, or whichever is here
@@ -1091,6 +1091,10 @@ def build(
     if builder == "auto":
         builder = "quarto" if shutil.which("quarto") else "sphinx"
     out, tree, extra = root() / out, toc(), generated_pages()
+    if out.exists() and not (out.is_dir() and ((out / "index.html").exists() or not any(out.iterdir()))):
+        raise ValueError(
+            f"out: {out} is there and is no site, so it is not replaced; name a new or an empty folder"
+        )
     problems, here = toc_problems(tree, extra), {"", *notebooks(), *extra}
     if problems and strict:
         raise SiteError("\n".join(problems))
@@ -1172,8 +1176,8 @@ def _quarto(src, html):
     return [s for s in _ANSI.sub("", run.stderr).splitlines() if re.search(r"\bWARN", s)]
 
 
-# %% ../../nbs/core/site.ipynb #a7a64ca8
-def readme() -> str:  # Markdown; write it with `refresh`
+# %% ../../nbs/core/site.ipynb #4b402570
+def readme() -> str:  # Markdown; `write_readme` puts it in place
     "What `README.md` should say, from the book's first page"
     nb = json.loads((book_dir() / "index.ipynb").read_text(encoding="utf-8"))
     out = ["<!-- Made from nbs/index.ipynb; edit that. -->"]
@@ -1204,24 +1208,6 @@ def readme() -> str:  # Markdown; write it with `refresh`
     return "\n\n".join(filter(None, out)) + "\n"
 
 
-def refresh():
-    "Execute the front page and the pages of the parts in place, then write `README.md`"
-    import nbformat
-    from nbclient import NotebookClient
-
-    for path in (book_dir() / p for p in notebooks() if Path(p).name == "index.ipynb"):
-        nb = nbformat.read(path, 4)
-        NotebookClient(nb, resources=dict(metadata=dict(path=str(path.parent)))).execute()
-        for c in nb.cells:
-            c.metadata.pop("execution", None)
-            if c.cell_type != "code":
-                continue
-            c.execution_count = None
-            for o in c.outputs:
-                if "execution_count" in o:
-                    o.execution_count = None
-        nb.metadata = nbformat.from_dict(
-            {"kernelspec": dict(display_name="python3", language="python", name="python3")}
-        )
-        nbformat.write(nb, path)
+def write_readme():
+    "Write `README.md` from the front page's committed outputs"
     (root() / "README.md").write_text(readme(), encoding="utf-8")

@@ -1,0 +1,378 @@
+// Linear layers with ternary weights and int8 activations: y = (W q) * ratio * scale + bias, where q are a token's activations in
+// int8, scaled by its largest magnitude, ratio is what one step of q is worth, and W is -1, 0, 1 in 2 or 1.6 bits.
+//
+// Weights are stored as codes c = w + 1, and sum of w q = sum of c q - sum of q, in int32. No sum can wrap: |q| <= 127, a code is at
+// most 2, and at most 128 on a fourth or 162 on a fifth of the inputs where codes are scaled, so sums of K <= 2^18 stay below
+// 127 * 33 * 2^18 < 2^31.
+#include "common.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+namespace lmlab {
+namespace ternary {
+
+struct Matrix {  // as the caller lays it out; the fields of `_Matrix` in ternary.py
+    const uint8_t* codes;
+    const float* scale;  // one, or one a row
+    const float* bias;   // one a row, or null
+    void* y;             // tokens x rows
+    int64_t rows;
+    int32_t scales, trits;  // is there a scale for each row; is the format 1.6 bits
+};
+
+struct Token { float ratio; int32_t sum; };  // what one step of its int8 values is worth, and their sum
+
+constexpr int ROWS = 32;          // of a tile
+constexpr int STEP[] = {16, 20};  // inputs of a step: 2 bits, 1.6 bits
+constexpr int MOST = 12;          // tokens of one pass over a tile, at most
+constexpr int AHEAD = 7168;       // bytes: codes are fetched when the pass is this far from them
+
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+
+// One token to int8 by its largest magnitude, four values every `stride` bytes, zeros behind the last. A token that holds a NaN or
+// an infinity becomes zeros with a NaN for its ratio: it can spoil no other token, and cannot pass for a number.
+template <class T> LMLAB_INLINE void quantize_body(const T* x, int64_t k, int64_t padded, int8_t* q, int64_t stride, Token* token) {
+    i32x16 largest = {};  // magnitudes order like their bits
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) {
+        i32x16 m = (i32x16)load(x + i) & 0x7fffffff;
+        largest = m > largest ? m : largest;
+    }
+    if (i < k) {
+        i32x16 m = (i32x16)load(x + i, k - i) & 0x7fffffff;
+        largest = m > largest ? m : largest;
+    }
+    int32_t bits = 0;
+    for (int l = 0; l < LANES; l++) bits = largest[l] > bits ? largest[l] : bits;
+    bool finite = bits < 0x7f800000;
+    float magnitude;
+    memcpy(&magnitude, &bits, 4);
+    magnitude = magnitude > 1e-5f ? magnitude : 1e-5f;
+    float scale = 1 / magnitude * 127;  // in the order in which torch computes 127 / x, so that int8 values agree
+    i32x16 total = {};
+    for (i = 0; i < padded; i += LANES) {
+        f32x16 v = {};
+        if (finite && i < k) v = i + LANES <= k ? load(x + i) : load(x + i, k - i);
+        f32x16 shifted = v * scale + 12582912.f;  // 1.5 * 2^23: rounds to nearest even, the integer is in the low bits
+        i32x16 n = (i32x16)shifted - 0x4b400000;
+        total += n;
+        i8x16 low = __builtin_convertvector(n, i8x16);
+        int32_t four[4];
+        memcpy(four, &low, 16);
+        int groups = padded - i < LANES ? (padded - i) / 4 : 4;
+        for (int g = 0; g < groups; g++, q += stride) memcpy(q, four + g, 4);
+    }
+    int32_t sum = 0;
+    for (int l = 0; l < LANES; l++) sum += total[l];
+    *token = {finite ? magnitude / 127 : __builtin_nanf(""), sum};
+}
+LMLAB_DISPATCH(quantize, (const T* x, int64_t k, int64_t padded, int8_t* q, int64_t stride, Token* token), (x, k, padded, q, stride, token))
+
+// y[n][row] = (sums - sum of the token's activations) * ratio * scale + bias: codes are weights plus one
+template <class T> LMLAB_INLINE void finish_body(const int32_t* sums, const Token* tokens, int count, const Matrix& m, int64_t row, T* y) {
+    const int64_t rows = m.rows - row < ROWS ? m.rows - row : ROWS;
+    for (int r = 0; r < rows; r += LANES) {
+        int width = rows - r < LANES ? rows - r : LANES;
+        f32x16 s = m.scales ? load(m.scale + row + r, width) : *m.scale - f32x16{};
+        f32x16 b = {};
+        if (m.bias) b = load(m.bias + row + r, width);
+        for (int n = 0; n < count; n++) {
+            i32x16 v;
+            memcpy(&v, sums + ROWS * n + r, sizeof v);
+            f32x16 out = __builtin_convertvector(v - tokens[n].sum, f32x16) * tokens[n].ratio * s;
+            if (m.bias) out += b;
+            T* to = y + n * m.rows + r;
+            width == LANES ? store(to, out) : store(to, out, width);
+        }
+    }
+}
+LMLAB_DISPATCH(finish, (const int32_t* sums, const Token* tokens, int count, const Matrix& m, int64_t row, T* y), (sums, tokens, count, m, row, y))
+
+typedef void (*Sums)(const uint8_t* codes, const int8_t* x, int64_t steps, int32_t* sums);
+
+
+struct Path {  // the sums of a tile on one instruction set
+    const char* name;
+    int tokens;           // of one pass, at most
+    Sums sums[2][MOST];   // [2 or 1.6 bits][tokens - 1]
+};
+
+// GCC and clang say differently that everything up to TARGET_END may use these instructions. Lambdas need it said again by GCC.
+#define DO(x) _Pragma(#x)
+#if defined(__clang__)
+#define TARGET_BEGIN(features) DO(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define TARGET_END DO(clang attribute pop)
+#else
+#define TARGET_BEGIN(features) DO(GCC push_options) DO(GCC target(features))
+#define TARGET_END DO(GCC pop_options)
+#endif
+#define LAMBDA __attribute__((always_inline))
+
+namespace base {  // any machine with a compiler: four lanes in plain C++
+constexpr int L = 4, KEPT = 10;
+constexpr bool SCALED = false;
+#include "ternary.h"
+LMLAB_INLINE V dot(V sums, V codes, V x) {
+    for (int j = 0; j < 4; j++) sums += (V)((U)codes << (24 - 8 * j) >> 24) * ((V)((U)x << (24 - 8 * j)) >> 24);
+    return sums;
+}
+LMLAB_INLINE Split split(V bytes) { return split_digits(bytes); }
+}  // namespace base
+
+#if defined(__x86_64__)
+
+TARGET_BEGIN("avx2")
+namespace avx2 {
+constexpr int L = 8, KEPT = 10;
+constexpr bool SCALED = false;
+#include "ternary.h"
+LMLAB_INLINE V dot(V sums, V codes, V x) {  // pairs fit int16: codes are at most 2, so |pair| <= 508
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
+    sums += (V)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    asm("" : "+x"(sums));  // keeps the compiler from regrouping the sums of a step, for which there are not registers enough
+    return sums;
+}
+LMLAB_INLINE Split split(V bytes) { return split_digits(bytes); }
+}  // namespace avx2
+TARGET_END
+
+#if defined(__clang__) || __GNUC__ >= 11  // older compilers do not know these instructions
+#define LMLAB_AVXVNNI
+TARGET_BEGIN("avx2,avxvnni")
+namespace avxvnni {
+constexpr int L = 8, KEPT = 14;
+constexpr bool SCALED = true;
+#include "ternary.h"
+LMLAB_INLINE V dot(V sums, V codes, V x) { return (V)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)x); }
+LMLAB_INLINE Split split(V bytes) { return split_digits(bytes); }
+}  // namespace avxvnni
+TARGET_END
+#endif
+
+TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+namespace avx512 {
+constexpr int L = 16, KEPT = 26;
+constexpr bool SCALED = true;
+#include "ternary.h"
+LMLAB_INLINE V dot(V sums, V codes, V x) { return (V)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x); }
+LMLAB_INLINE Split split(V bytes) { return split_digits(bytes); }
+}  // namespace avx512
+TARGET_END
+
+struct Planes { uint8_t of[128]; };
+constexpr Planes planes() {  // four base-3 digits as 2-bit codes; entries from 81 are never asked for
+    Planes t = {};
+    for (int i = 0; i < 81; i++) t.of[i] = i % 3 + i / 3 % 3 * 4 + i / 9 % 3 * 16 + i / 27 * 64;
+    return t;
+}
+alignas(64) constexpr Planes PLANES = planes();
+
+TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")
+namespace avx512vbmi {
+constexpr int L = 16, KEPT = 26;
+constexpr bool SCALED = true;
+#include "ternary.h"
+LMLAB_INLINE V dot(V sums, V codes, V x) { return (V)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x); }
+LMLAB_INLINE Split split(V bytes) {  // modulo 81 without a comparison: a difference below zero wraps to more than it started from
+    B b = (B)bytes, once = b - 81, twice = b - 162;
+    B four = (B)_mm512_min_epu8((__m512i)b, _mm512_min_epu8((__m512i)once, (__m512i)twice));
+    __m512i low = _mm512_load_si512(PLANES.of), high = _mm512_load_si512(PLANES.of + 64);
+    return {(V)_mm512_permutex2var_epi8(low, (__m512i)four, high), (V)(b - four)};
+}
+static Path better(Path p) {
+    p.name = "avx512vbmi";
+    add_sums<Trits>(p, std::make_integer_sequence<int, 12>());
+    return p;
+}
+}  // namespace avx512vbmi
+TARGET_END
+
+#elif defined(__aarch64__)
+
+#if defined(__clang__)
+TARGET_BEGIN("dotprod")
+#else
+TARGET_BEGIN("arch=armv8.2-a+dotprod")
+#endif
+namespace neon {
+constexpr int L = 4, KEPT = 28;
+constexpr bool SCALED = false;
+#include "ternary.h"
+LMLAB_INLINE V dot(V sums, V codes, V x) { return (V)vdotq_s32((int32x4_t)sums, (int8x16_t)codes, (int8x16_t)x); }  // codes <= 2
+LMLAB_INLINE Split split(V bytes) { return split_digits(bytes); }
+}  // namespace neon
+TARGET_END
+
+static bool dot_product() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+    return true;  // Apple's processors all have it
+#endif
+}
+
+#endif
+
+// The paths that this machine can run at the library's level, best first
+struct Paths { const Path* of[8]; int count; };
+
+static Paths paths() {
+    Paths p = {};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (level >= AVX512 && __builtin_cpu_supports("avx512vnni")) {  // a table is filled by code that uses what the path uses
+        static const Path wide = avx512::path<12>("avx512");
+        if (__builtin_cpu_supports("avx512vbmi")) {
+            static const Path wider = avx512vbmi::better(wide);
+            p.of[p.count++] = &wider;
+        }
+        p.of[p.count++] = &wide;
+    }
+#ifdef LMLAB_AVXVNNI
+    if (level >= AVX2 && __builtin_cpu_supports("avxvnni")) {
+        static const Path vnni = avxvnni::path<6>("avxvnni");
+        p.of[p.count++] = &vnni;
+    }
+#endif
+    if (level >= AVX2) {
+        static const Path plain = avx2::path<4>("avx2");
+        p.of[p.count++] = &plain;
+    }
+#elif defined(__aarch64__)
+    if (dot_product()) {
+        static const Path dotprod = neon::path<6>("neon");
+        p.of[p.count++] = &dotprod;
+    }
+#endif
+    static const Path any = base::path<4>("base");
+    p.of[p.count++] = &any;
+    return p;
+}
+
+static const Path* chosen(const char* name) {  // null when this machine has no such path
+    Paths p = paths();
+    if (!name) return p.of[0];
+    for (int i = 0; i < p.count; i++)
+        if (!strcmp(name, p.of[i]->name)) return p.of[i];
+    return nullptr;
+}
+
+// Memory of the calling thread that stays for the next call: fresh pages would cost more than the arithmetic of a small layer.
+struct Scratch {
+    char* at = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(at); }
+    char* get(size_t bytes) {
+        if (bytes <= size) return at;
+        free(at);
+        size = (bytes + 4095) & ~(size_t)4095;
+        at = (char*)aligned_alloc(4096, size);
+        if (!at) size = 0;
+        return at;
+    }
+};
+static thread_local Scratch scratch;
+
+constexpr int64_t CHUNK = 1 << 20;   // bytes of int8 activations that are worked on at a time, to find them in the cache again
+constexpr int64_t SERIAL = 1 << 18;  // products below which another thread costs more than it brings
+
+// Tokens meet a tile in blocks of nearly equal length, each with its int8 values in one piece: [k / 4][token][4].
+struct Blocks {
+    int64_t tokens, count;
+    int64_t first(int64_t block) const { return tokens * block / count; }
+    int64_t of(int64_t token) const { return (count * (token + 1) - 1) / tokens; }
+};
+
+template <class T> struct Call {  // layers that read the same activations
+    const Path& path;
+    const Matrix* layers;
+    int count;
+    int64_t k, padded;
+    const T* x;
+    Token* tokens;  // of a chunk
+    int8_t* q;      // of a chunk
+    decltype(quantize_pick<T>()) quantize = quantize_pick<T>();
+    decltype(finish_pick<T>()) finish = finish_pick<T>();
+
+    int64_t tiles(int layer) const { return (layers[layer].rows + ROWS - 1) / ROWS; }
+
+    void one_token(const Blocks& blocks, int64_t start, int64_t t) const {
+        int64_t first = blocks.first(blocks.of(t)), size = blocks.first(blocks.of(t) + 1) - first;
+        quantize(x + (start + t) * k, k, padded, q + first * padded + 4 * (t - first), 4 * size, tokens + t);
+    }
+
+    void one_tile(const Blocks& blocks, int64_t start, int64_t tile, int64_t block) const {
+        int l = 0;
+        for (; tile >= tiles(l); l++) tile -= tiles(l);
+        const Matrix& m = layers[l];
+        int64_t steps = (k + STEP[m.trits] - 1) / STEP[m.trits], first = blocks.first(block);
+        int size = blocks.first(block + 1) - first;
+        alignas(64) int32_t sums[ROWS * MOST];
+        path.sums[m.trits][size - 1](m.codes + tile * steps * 4 * ROWS, q + first * padded, steps, sums);
+        finish(sums, tokens + first, size, m, tile * ROWS, (T*)m.y + (start + first) * m.rows + tile * ROWS);
+    }
+
+    void chunk(int64_t start, int64_t n, int threads) const {
+        Blocks blocks = {n, (n + path.tokens - 1) / path.tokens};
+        int64_t all = 0;
+        for (int l = 0; l < count; l++) all += tiles(l);
+        if (n == 1) one_token(blocks, start, 0);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            if (n > 1) {
+#pragma omp for schedule(static)
+                for (int64_t t = 0; t < n; t++) one_token(blocks, start, t);
+            }
+            // The blocks of a tile follow one another: a thread finds its codes in the cache for all but the first.
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < all * blocks.count; i++) one_tile(blocks, start, i / blocks.count, i % blocks.count);
+        }
+    }
+};
+
+template <class T> static int run(const Path& path, const Matrix* layers, int count, const void* x, int64_t n, int64_t k, int threads) {
+    int64_t rows = 0, padded = std::max((k + STEP[0] - 1) / STEP[0] * STEP[0], (k + STEP[1] - 1) / STEP[1] * STEP[1]);
+    for (int l = 0; l < count; l++) rows += layers[l].rows;
+    if (!n || !rows) return 0;
+    threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, n * rows * k / SERIAL));
+    int64_t chunk = std::min(n, std::max<int64_t>(8, CHUNK / (padded + 1) / path.tokens) * path.tokens);
+    int64_t head = (chunk * sizeof(Token) + 63) & ~63;
+    char* memory = scratch.get(head + chunk * padded);
+    if (!memory) return -2;
+    Call<T> call = {path, layers, count, k, padded, (const T*)x, (Token*)memory, (int8_t*)memory + head};
+    for (int64_t start = 0; start < n; start += chunk) call.chunk(start, std::min(chunk, n - start), threads);
+    return 0;
+}
+
+}  // namespace ternary
+}  // namespace lmlab
+
+using namespace lmlab;
+
+// The paths of this machine, best first, separated by spaces
+LMLAB_API const char* lmlab_ternary_paths() {
+    static thread_local std::string s;
+    ternary::Paths p = ternary::paths();
+    s.clear();
+    for (int i = 0; i < p.count; i++) s += std::string(i ? " " : "") + p.of[i]->name;
+    return s.c_str();
+}
+
+// x: n x k float (half = 0) or bf16 (half = 1), as every y is; `count` layers read it. path: null for the best.
+// 0: done; -1: this machine has no such path; -2: no memory
+LMLAB_API int lmlab_ternary_linear(const void* x, int64_t n, int64_t k, int half, const void* matrices, int count, int threads, const char* path) {
+    const ternary::Path* p = ternary::chosen(path);
+    if (!p) return -1;
+    return (half ? ternary::run<bf16> : ternary::run<float>)(*p, (const ternary::Matrix*)matrices, count, x, n, k, threads);
+}

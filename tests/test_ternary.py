@@ -1,0 +1,449 @@
+"""Ternary linear layers: exact against int64, the same bits from every path, and refusals that name what was wrong."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from lmlab.kernels import Fallback, cpu
+from lmlab.kernels import ternary as T
+from safetensors.torch import load_file, save_file
+from torch.library import opcheck
+
+PATHS = T.paths()
+FORMATS = list(T.FORMATS)
+SHAPES = [  # rows, inputs: a tile is 32 rows, a step 16 or 20 inputs
+    (1, 1), (1, 16), (31, 15), (32, 20), (33, 17), (64, 19), (65, 21), (47, 80), (2, 161), (100, 257), (0, 5), (5, 0), (129, 64)
+]  # fmt: skip
+TOKENS = (0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 24, 25)
+needs_library = pytest.mark.skipif(not PATHS, reason="the C++ library is not there")
+
+
+def weights(rows, inputs, seed=0):
+    return torch.randint(
+        -1, 2, (rows, inputs), dtype=torch.int8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def bits(x):
+    "For comparisons in which a NaN equals itself"
+    return x.contiguous().view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+
+
+def by_hand(x, w, scale, bias=None):
+    "The layer again, in int64 and one token at a time"
+    rows = []
+    for token in x.flatten(0, -2).float():
+        largest = torch.tensor([1e-5, *token.abs()]).max()
+        q = (token * (1 / largest * 127)).round().long()
+        y = (w.long() * q).sum(-1).float() * (largest / 127) * scale
+        rows.append((y if bias is None else y + bias.float()).to(x.dtype))
+    return torch.stack(rows).reshape(*x.shape[:-1], len(w)) if rows else x.new_empty(*x.shape[:-1], len(w))
+
+
+@pytest.mark.parametrize("dtype", T.DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_exact_on_every_path(format, dtype):
+    g = torch.Generator().manual_seed(1)
+    for i, (rows, inputs) in enumerate(SHAPES):
+        w, one = weights(rows, inputs, i), torch.tensor([0.37])
+        scale, bias = (torch.randn(rows, generator=g) for _ in range(2))
+        for tokens in TOKENS:
+            x = (3 * torch.randn(tokens, inputs, generator=g)).to(dtype)
+            for s, b in ((one, None), (scale, bias)):
+                want = by_hand(x, w, s, b)
+                p = T.pack(w, s, format)
+                assert torch.equal(T.linear(x, p, b, backend="reference"), want), (rows, inputs, tokens)
+                for path in PATHS:
+                    got = T.on_cpu(x, p.codes, p.scale, b, rows, inputs, format, path)
+                    assert torch.equal(got, want), (path, rows, inputs, tokens, got - want)
+
+
+@needs_library
+@pytest.mark.parametrize("format", FORMATS)
+def test_same_bits_from_levels_and_threads_and_nothing_left_unwritten(format):
+    rows, inputs = 333, 1025
+    p, bias = T.pack(weights(rows, inputs), torch.rand(rows), format), torch.randn(rows)
+    for tokens, dtype in ((1, torch.float32), (9, torch.bfloat16), (64, torch.float32)):
+        x = torch.randn(tokens, inputs).to(dtype)
+        want = T.linear(x, p, bias, backend="reference")
+        for level in cpu.info()["levels"]:
+            with cpu.level(level):
+                for path in T.paths():
+                    for threads in (1, 2, 3):
+                        memory = torch.full(
+                            (tokens + 2, rows), torch.nan, dtype=dtype
+                        )  # a margin on both sides
+                        y = memory[1:-1]
+                        assert T.prepared(x, [(p.codes, p.scale, bias, y, format)], path, threads)() == 0
+                        assert torch.equal(y, want), (level, path, threads)
+                        assert memory[0].isnan().all() and memory[-1].isnan().all()
+
+
+@needs_library
+def test_layers_that_share_their_tokens():
+    rows, inputs = (70, 33, 1, 200), 90
+    packed = [T.pack(weights(r, inputs, r), 0.5, FORMATS[i % 2]) for i, r in enumerate(rows)]
+    for tokens in (1, 5, 30):
+        x, ys = torch.randn(tokens, inputs), [torch.full((tokens, r), torch.nan) for r in rows]
+        layers = [(p.codes, p.scale, None, y, p.format) for p, y in zip(packed, ys, strict=True)]
+        for threads in (1, 2):
+            assert T.prepared(x, layers, threads=threads)() == 0
+            for p, y in zip(packed, ys, strict=True):
+                assert torch.equal(y, T.linear(x, p, backend="reference"))
+                y.fill_(torch.nan)
+
+
+def test_many_tokens_are_worked_on_in_chunks():
+    w, x = weights(40, 4100), torch.randn(700, 4100)  # more than one chunk of int8 activations
+    p = T.pack(w, 0.5, "2bit")
+    assert torch.equal(T.linear(x, p), T.linear(x, p, backend="reference"))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_any_layout_of_tokens(format):
+    w, bias = weights(37, 50), torch.randn(37)
+    p = T.pack(w, 0.5, format)
+    x = torch.randn(50, 3, 4).permute(2, 1, 0)
+    y = T.linear(x, p, bias[torch.arange(37)])
+    assert y.shape == (4, 3, 37) and torch.equal(y, by_hand(x, w, torch.tensor([0.5]), bias))
+    assert torch.equal(T.linear(x[:, ::2], p), T.linear(x.contiguous(), p)[:, ::2])
+    assert torch.equal(T.linear(x[0, 0], p), T.linear(x, p)[0, 0])
+    assert T.linear(x[:0], p).shape == (0, 3, 37)
+    strided = torch.randn(74)[::2]
+    assert torch.equal(T.linear(x, p, strided), T.linear(x, p, strided.contiguous()))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_sum_wraps(format):
+    "The largest layer with the largest values, and the bound that the kernel relies on"
+    n = T.LONGEST
+    codes_times_digits = 2 * n + max(128 * n // 4, 162 * -(-n // 5))  # more than any one lane gets to see
+    assert 127 * codes_times_digits < 2**31
+    w = torch.ones(2, n, dtype=torch.int8)
+    w[1] = -1
+    p = T.pack(w, 127.0, format)
+    for sign in (1, -1):
+        x = torch.full((2, n), float(sign))
+        for f in [T.reference, *(lambda *a, path=path: T.on_cpu(*a, path) for path in PATHS)]:
+            y = f(x, p.codes, p.scale, None, 2, n, format)
+            want = sign * torch.tensor([[1.0, -1.0]] * 2) * (127.0 * n * torch.tensor(1 / 127.0) * 127.0)
+            assert torch.equal(y, want)
+    with pytest.raises(ValueError, match=f"w: {n + 1} inputs; at most {n}"):
+        T.pack(torch.zeros(1, n + 1, dtype=torch.int8), 1.0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_extreme_activations(format):
+    w = weights(33, 40)
+    p, dense = T.pack(w, 2.0, format), w.float()
+    x = torch.randn(9, 40)
+    x[0] = 0
+    x[1] *= 1e-7  # below the smallest magnitude that is scaled up
+    x[2] *= 1e30
+    x[3, 7], x[4, 0], x[5, 39] = torch.nan, torch.inf, -torch.inf
+    x[6] = torch.linspace(-127, 127, 40).round() + 0.5  # ties, which go to the even neighbour
+    want = T.linear(x, p, backend="reference")
+    assert (want[0] == 0).all() and want[3:6].isnan().all() and want[[0, 1, 2, 6, 7, 8]].isfinite().all()
+    assert torch.equal(want[7:], by_hand(x[7:], w, torch.tensor([2.0])))
+    assert (
+        (want[7] - 2 * dense @ x[7]).abs() <= 40 * x[7].abs().max() / 127
+    ).all()  # half a step an input, times 2
+    for path in PATHS:
+        for dtype in T.DTYPES:
+            a = x.to(dtype), p.codes, p.scale, None, 33, 40, format
+            got, ref = T.on_cpu(*a, path), T.reference(*a)
+            assert torch.equal(got.isnan(), ref.isnan()) and torch.equal(got.nan_to_num(), ref.nan_to_num())
+    y = T.linear(x[8:], p)
+    assert torch.equal(T.linear(4 * x[8:], p), 4 * y)  # a token's scale is its own
+
+
+def test_bfloat16_rounds_as_torch():
+    p = T.pack(weights(96, 64), torch.rand(96), "2bit")
+    x = torch.randn(20, 64).bfloat16()
+    bias = torch.full((96,), torch.nan)
+    bias[0], bias[1:] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32), torch.randn(95)
+    got, want = T.linear(x, p, bias), T.linear(x, p, bias, backend="reference")
+    assert got[:, 0].isnan().all() and torch.equal(bits(got[:, 1:]), bits(want[:, 1:]))
+
+
+def test_activations_agree_with_transformers():
+    bitnet = pytest.importorskip("transformers.integrations.bitnet")
+    x = torch.randn(50, 77) * torch.logspace(-6, 6, 50)[:, None]
+    x[3] = 0
+    q, ratio = T.quantize(x)
+    s = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    assert torch.equal(q / s, bitnet.ActQuant.apply(x))
+    assert torch.allclose(q * ratio, bitnet.ActQuant.apply(x), rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_unpack_is_exact(format):
+    per = T.FORMATS[format]
+    every = torch.cartesian_prod(*[torch.tensor([-1, 0, 1], dtype=torch.int8)] * per)  # all bytes there are
+    for w in (every, every.T.contiguous(), *(weights(*s) for s in SHAPES)):
+        p = T.pack(w, 0.5, format)
+        assert torch.equal(p.unpack(), w) and p.shape == w.shape
+        assert torch.equal(p.dense(), 0.5 * w.float())
+    w = weights(640, 6400)
+    assert T.pack(w, 1.0, format).nbytes / w.numel() == pytest.approx(1 / per, rel=1e-4)
+
+
+def test_auto_takes_the_smaller_format_where_it_is_fast():
+    small, large = T.pack(weights(64, 64), 1.0), T.pack(weights(2048, 4096), 1.0)
+    assert small.format == "2bit" and large.format == ("1.6bit" if "avx512vbmi" in PATHS else "2bit")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_operation_for_torch(format):
+    p, x, bias = T.pack(weights(35, 21), torch.rand(35), format), torch.randn(2, 3, 21), torch.randn(35)
+    for x_, b in (
+        (x, None),
+        (x.clone().requires_grad_(), bias.clone().requires_grad_()),
+        (x.bfloat16(), bias),
+    ):
+        opcheck(T._linear, (x_, p.codes, p.scale, b, 35, 21, format, "auto"))
+    layer = torch.compile(lambda x, b: 2 * T.linear(x, p, b), fullgraph=True, backend="aot_eager")
+    assert torch.equal(layer(x, bias), 2 * T.linear(x, p, bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert T.linear(x, p).dtype == torch.float32
+
+
+def test_gradient_passes_straight_through():
+    w, x, bias = (
+        weights(35, 21),
+        torch.randn(2, 3, 21, requires_grad=True),
+        torch.randn(35, requires_grad=True),
+    )
+    scale, grad = torch.rand(35), torch.randn(2, 3, 35)
+    p = T.pack(w, scale)
+    got = torch.autograd.grad(T.linear(x, p, bias), (x, bias), grad)
+    want = torch.autograd.grad(torch.nn.functional.linear(x, w * scale[:, None], bias), (x, bias), grad)
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_checkpoint(tmp_path, format):
+    w, x = weights(600, 700), torch.randn(3, 700)
+    p = T.pack(w, torch.rand(600), format)
+    p.save(tmp_path / "one.safetensors")
+    back = T.PackedTernary.load(tmp_path / "one.safetensors")
+    assert (
+        back.format == format
+        and torch.equal(back.unpack(), w)
+        and torch.equal(T.linear(x, back), T.linear(x, p))
+    )
+    assert os.listdir(tmp_path) == ["one.safetensors"]
+    save_file(
+        p.tensors("a.") | T.pack(-w, 2.0, format).tensors("b."), tmp_path / "two.safetensors"
+    )  # side by side in one region
+    other = T.PackedTernary.from_tensors(load_file(tmp_path / "two.safetensors"), p.metadata("b."), "b.")
+    assert torch.equal(other.unpack(), -w) and other.scale.tolist() == [2.0]
+    assert p.to("cpu") is p and p.to("meta").device.type == "meta"
+
+
+def test_damaged_checkpoints_are_refused():
+    p = T.pack(weights(40, 40), 1.0, "1.6bit")
+    t, m, make = p.tensors(), p.metadata(), T.PackedTernary.from_tensors
+    for tensors, metadata, match in (
+        (t, {}, "metadata: there is no 'ternary'"),
+        ({"codes": p.codes}, m, "tensors: there is no 'scale'"),
+        (t, {"ternary": "{"}, "is not what `PackedTernary.metadata` writes"),
+        (t, {"ternary": m["ternary"].replace("1.6", "7")}, "format: '7bit'; allowed are '2bit', '1.6bit'"),
+        (t | {"codes": p.codes[:1]}, m, "codes is torch.uint8 .*belongs to 40 x 40"),
+        (t | {"codes": p.codes.float()}, m, "codes is torch.float32"),
+        (t | {"codes": p.codes | 0xF3}, m, "no ternary weights in 1.6bit"),
+        (t | {"scale": torch.ones(3)}, m, r"scale: shape \(3,\)"),
+        (t | {"scale": torch.tensor([torch.inf])}, m, "scale: holds NaN or infinity"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make(tensors, metadata)
+    two = T.pack(weights(40, 40), 1.0, "2bit")
+    with pytest.raises(ValueError, match="no ternary weights in 2bit"):
+        make(two.tensors() | {"codes": two.codes | 3}, two.metadata())
+
+
+def test_bad_input_is_refused():
+    w, x = weights(8, 16), torch.randn(2, 16)
+    p, bad = T.pack(w, 1.0), w.clone()
+    bad[3, 5], bad[4, 6] = 2, -128
+    for match, call in (
+        (r"w: 2 of 128 values are outside -1, 0, 1, the first is 2 at \[3, 5\]", lambda: T.pack(bad, 1.0)),
+        (r"w: a torch.float32 tensor of shape \(8, 16\); allowed is an int8", lambda: T.pack(w.float(), 1.0)),
+        (r"w: a torch.int8 tensor of shape \(16,\)", lambda: T.pack(w[0], 1.0)),
+        ("w: a list", lambda: T.pack([[1]], 1.0)),
+        ("format: '3bit'; allowed are 'auto', '2bit', '1.6bit'", lambda: T.pack(w, 1.0, "3bit")),
+        (
+            r"scale: shape \(5,\); allowed are a number, or one for each of the 8 rows",
+            lambda: T.pack(w, torch.ones(5)),
+        ),
+        ("scale: 'a'", lambda: T.pack(w, "a")),
+        ("scale: holds NaN", lambda: T.pack(w, float("nan"))),
+        ("x: dtype torch.float16; allowed are float32 and bfloat16", lambda: T.linear(x.half(), p)),
+        (r"x: shape \(2, 15\); the last axis must be the 16 inputs", lambda: T.linear(x[:, 1:], p)),
+        (r"x: shape \(\)", lambda: T.linear(torch.tensor(1.0), p)),
+        ("x: on meta, and packed on cpu", lambda: T.linear(x.to("meta"), p)),
+        (r"bias: torch.float32 of shape \(7,\); allowed are 8 floats", lambda: T.linear(x, p, torch.ones(7))),
+        ("bias: torch.int64", lambda: T.linear(x, p, torch.ones(8, dtype=torch.long))),
+        ("packed: Tensor", lambda: T.linear(x, w)),
+        ("backend: 'gpu' is no backend", lambda: T.linear(x, p, backend="gpu")),
+    ):
+        with pytest.raises((ValueError, TypeError), match=match):
+            call()
+    if PATHS:
+        with pytest.raises(
+            ValueError, match=f"path: 'sse' does not run on this machine; allowed are {PATHS[0]}"
+        ):
+            T.on_cpu(x, p.codes, p.scale, None, 8, 16, p.format, "sse")
+
+
+def test_without_the_library(monkeypatch):
+    import lmlab.kernels as K
+
+    x, w = torch.randn(2, 300), weights(400, 300)
+    want = T.linear(x, T.pack(w, 1.0, "2bit"), backend="reference")
+    monkeypatch.setattr(T, "_library", lambda: None)
+    monkeypatch.setattr(K, "_said", set())
+    p = T.pack(w, 1.0)
+    with pytest.warns(Fallback, match="ternary_linear runs on the torch reference"):
+        assert torch.equal(T.linear(x, p), want)
+    with pytest.raises(RuntimeError, match="bench: .*C\\+\\+ library"):
+        T.bench(quick=True)
+
+
+DRIVER = r"""
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <sstream>
+#include <string>
+#include <vector>
+struct Matrix { const uint8_t* codes; const float *scale, *bias; void* y; int64_t rows; int32_t scales, trits; };
+extern "C" const char* lmlab_ternary_paths();
+extern "C" int lmlab_ternary_linear(const void*, int64_t, int64_t, int, const void*, int, int, const char*);
+
+static uint32_t state = 1;
+static int draw(int n) { state = state * 1664525 + 1013904223; return (state >> 16) % n; }
+
+template <class T> struct Exact {  // memory of just this size, so that one byte beyond it is noticed
+    T* p;
+    size_t n;
+    Exact(size_t n) : p((T*)malloc(n * sizeof(T) + (n == 0))), n(n) { memset((void*)p, 0xff, n * sizeof(T)); }
+    ~Exact() { free(p); }
+};
+
+static int wrong = 0;
+
+static void one(const std::string& path, int n, int m, int k, int trits, bool full, int threads) {
+    int per = trits ? 5 : 4, tiles = (m + 31) / 32, steps = (k + 4 * per - 1) / (4 * per);
+    std::vector<int> w(m * k);
+    Exact<uint8_t> codes((size_t)tiles * steps * 128);
+    Exact<float> x((size_t)n * k), scale(full ? m : 1), bias(m), y((size_t)n * m);
+    for (auto& v : w) v = draw(3) - 1;
+    for (int t = 0; t < tiles; t++)
+        for (int s = 0; s < steps; s++)
+            for (int b = 0; b < 128; b++) {
+                int row = t * 32 + b / 4, byte = 0, digit = 1;
+                for (int p = 0; p < per; p++, digit *= trits ? 3 : 4) {
+                    int i = 4 * (s * per + p) + b % 4;
+                    byte += digit * (row < m && i < k ? w[row * k + i] + 1 : 1);
+                }
+                codes.p[((size_t)t * steps + s) * 128 + b] = byte;
+            }
+    for (size_t i = 0; i < x.n; i++) x.p[i] = (draw(2001) - 1000) * 0.01f;
+    for (size_t i = 0; i < scale.n; i++) scale.p[i] = (draw(200) - 100) * 0.01f;
+    for (size_t i = 0; i < bias.n; i++) bias.p[i] = (draw(200) - 100) * 0.1f;
+    Matrix layer = {codes.p, scale.p, full ? bias.p : nullptr, y.p, m, full, trits};
+    if (lmlab_ternary_linear(x.p, n, k, 0, &layer, 1, threads, path.c_str())) { wrong++; return; }
+    for (int t = 0; t < n; t++) {
+        float largest = 1e-5f;
+        for (int i = 0; i < k; i++) largest = std::fmax(largest, std::fabs(x.p[t * k + i]));
+        float inverse = 1 / largest * 127, ratio = largest / 127;
+        for (int r = 0; r < m; r++) {
+            int64_t sum = 0;
+            for (int i = 0; i < k; i++) sum += w[r * k + i] * (int64_t)std::nearbyint(x.p[t * k + i] * inverse);
+            volatile float want = (float)sum * ratio;
+            want = want * scale.p[full ? r : 0];
+            if (full) want = want + bias.p[r];
+            if (want != y.p[t * m + r] && wrong++ < 5)
+                printf("%s n %d m %d k %d trits %d: %g instead of %g\n", path.c_str(), n, m, k, trits, y.p[t * m + r], want);
+        }
+    }
+}
+
+int main() {
+    std::istringstream names(lmlab_ternary_paths());
+    for (std::string path; names >> path;) {
+        for (int n : {0, 1, 2, 5, 12, 13, 27})
+            for (int m : {1, 32, 47})
+                for (int k : {0, 1, 19, 20, 48, 83})
+                    for (int trits : {0, 1}) one(path, n, m, k, trits, n % 2, 1);
+        one(path, 3, 300, 400, 1, true, 2);
+        printf("%s ", path.c_str());
+    }
+    printf("wrong %d\n", wrong);
+    return wrong != 0;
+}
+"""
+
+
+def compiled(tmp_path, flags, compiler=None):
+    "The driver with the kernels, or a skip when this compiler cannot do it"
+    compiler = compiler or os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler or not shutil.which(compiler.split()[0]):
+        pytest.skip(f"{compiler or 'a C++ compiler'} is not there")
+    kernels = Path(T.__file__).resolve().parent
+    source = tmp_path / "driver.cpp"
+    source.write_text(DRIVER)
+    files = [str(f) for f in (kernels / "machine.cpp", kernels / "ternary.cpp", source)]
+    program = tmp_path / "driver"
+    command = [
+        *compiler.split(),
+        *flags,
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-Wno-psabi",
+        f"-I{kernels}",
+        *files,
+        "-o",
+        str(program),
+    ]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }")
+    if subprocess.run(
+        [*compiler.split(), *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True
+    ).returncode:
+        pytest.skip(f"{compiler} does not know {' '.join(flags)}")
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return program
+
+
+def test_under_sanitizers(tmp_path):
+    "No byte outside its memory is touched and nothing undefined happens, on any path, down to matrices of one weight"
+    program = compiled(
+        tmp_path, ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    )
+    env = os.environ | {
+        "ASAN_OPTIONS": "detect_leaks=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+    }
+    ran = subprocess.run([program], capture_output=True, text=True, env=env, timeout=120)
+    assert ran.returncode == 0 and ran.stdout.endswith("wrong 0\n"), ran.stdout + ran.stderr
+
+
+def test_arm(tmp_path):
+    "Compiles for ARM, and runs there, where a cross compiler and an emulator are at hand"
+    program = compiled(tmp_path, ["-O2", "-static"], "aarch64-linux-gnu-g++")
+    if not (emulator := shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")):
+        return
+    ran = subprocess.run([emulator, program], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and "neon" in ran.stdout and ran.stdout.endswith("wrong 0\n"), (
+        ran.stdout + ran.stderr
+    )
