@@ -22,7 +22,7 @@ $(READY): settings.ini setup.py .ci/constraints.txt $(wildcard kernels/*.cpp ker
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -U pip setuptools wheel
 	$(BIN)/python -m pip install -q "`grep ^torch== .ci/constraints.txt`"
-	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e ".[dev,docs]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -c .ci/constraints.txt -e ".[dev,docs]"
 	@touch $@
 
 export: $(READY)        ## notebooks -> lmlab/

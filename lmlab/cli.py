@@ -226,13 +226,13 @@ def claims_table(
     )
 
 
-# %% ../nbs/cli.ipynb #158b9bb2
+# %% ../nbs/cli.ipynb #4f501e24
 def notebooks() -> dict:  # `yoco` or `core/fit` -> path
-    "Every notebook of the book that has something to run"
+    "Every notebook of the book"
     found = {}
     for path in sorted(ledger.book_dir().rglob("*.ipynb")):
         place = path.relative_to(ledger.book_dir()).with_suffix("")
-        if path.stem != "index" and not any(x.startswith((".", "_")) for x in place.parts):
+        if not any(x.startswith((".", "_")) for x in place.parts):
             found[path.stem if path.stem in catalogue() else place.as_posix()] = path
     return found
 

@@ -123,9 +123,7 @@ def test_tables_of_the_index_pages_are_current():
             exec(compile(ast.Module(body, []), path, "exec"), names)
             table = eval(compile(ast.Expression(last.value), path, "eval"), names)
             shown = "".join(c["outputs"][0]["data"].get("text/markdown", "")) if c["outputs"] else None
-            assert shown == table._repr_markdown_(), (
-                f"{path} is behind the ledger: run `make index`"
-            )
+            assert shown == table._repr_markdown_(), f"{path} is behind the ledger: run `make index`"
 
 
 def test_readme_links():

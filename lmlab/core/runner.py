@@ -17,7 +17,7 @@ __all__ = [
     "write_notebook",
 ]
 
-# %% ../../nbs/core/runner.ipynb #22c0fd38
+# %% ../../nbs/core/runner.ipynb #b0daf110
 import ast
 import io
 import json
@@ -33,7 +33,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from .ledger import SCALES, book_dir, cache_dir, nearest, write_bytes
+from .ledger import SCALES, book_dir, cache_dir, catalogue, nearest, write_bytes
 
 
 # %% ../../nbs/core/runner.ipynb #d6c2c771
@@ -373,7 +373,7 @@ def section(
     return ""
 
 
-# %% ../../nbs/core/runner.ipynb #dde97420
+# %% ../../nbs/core/runner.ipynb #ce1ecb4e
 def run_notebook(
     path,  # the notebook
     parameters: dict = None,  # values for names of its `parameters` cell
@@ -446,8 +446,12 @@ def run_dir(
 ) -> Path:
     "Where a run leaves what it makes when nobody says otherwise"
     path = Path(path).resolve()
-    part = "core" if path.parent == (book_dir() / "core").resolve() else ""
-    return cache_dir() / "runs" / part / path.stem / scale
+    inside = (
+        path.is_relative_to(book_dir()) and path.stem not in catalogue()
+    )  # a slug is unique, `index` is not
+    return (
+        cache_dir() / "runs" / (path.relative_to(book_dir()).with_suffix("") if inside else path.stem) / scale
+    )
 
 
 def write_notebook(
