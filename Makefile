@@ -26,12 +26,13 @@ $(READY): settings.ini setup.py .ci/constraints.txt $(wildcard kernels/*.cpp ker
 	@touch $@
 
 export: $(READY)        ## notebooks -> lmlab/
+	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(BIN)/ruff format -q lmlab kernels tests setup.py
 	$(BIN)/ruff check -q --fix --exit-zero lmlab kernels tests setup.py
 
 index: $(READY)         ## front page, part pages and README.md, from the ledger as it stands
-	$(BIN)/lmlab run index core/index architectures/index --save
+	$(BIN)/lmlab run $(patsubst nbs/%.ipynb,%,$(wildcard nbs/index.ipynb nbs/*/index.ipynb)) --save
 	$(BIN)/python -c "from lmlab.core.site import write_readme; write_readme()"
 
 docs: $(READY)          ## the site, into _docs/

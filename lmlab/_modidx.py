@@ -1179,6 +1179,7 @@ d = {
             "lmlab.core.ledger.Paper.url": ("core/ledger.html#paper.url", "lmlab/core/ledger.py"),
             "lmlab.core.ledger._beside": ("core/ledger.html#_beside", "lmlab/core/ledger.py"),
             "lmlab.core.ledger._plain": ("core/ledger.html#_plain", "lmlab/core/ledger.py"),
+            "lmlab.core.ledger._shape": ("core/ledger.html#_shape", "lmlab/core/ledger.py"),
             "lmlab.core.ledger.all_results": ("core/ledger.html#all_results", "lmlab/core/ledger.py"),
             "lmlab.core.ledger.best": ("core/ledger.html#best", "lmlab/core/ledger.py"),
             "lmlab.core.ledger.book_dir": ("core/ledger.html#book_dir", "lmlab/core/ledger.py"),

@@ -43,9 +43,7 @@ from html import escape
 from pathlib import Path
 
 import lmlab
-
-from .core import ledger
-from .core.ledger import (
+from lmlab.core.ledger import (
     SCALES,
     VERDICTS,
     catalogue,
@@ -56,6 +54,8 @@ from .core.ledger import (
     read_results,
     results_path,
 )
+
+from .core import ledger
 
 
 # %% ../nbs/cli.ipynb #07df7cad
@@ -402,6 +402,8 @@ def save(
             raise ValueError(f"{name}: the notebook has changed since the run began; run it again to save it")
     written = []
     if scale == "cpu" or not paper:
+        from tempfile import gettempdir
+
         import nbformat
 
         from lmlab.core.runner import read_notebook, write_notebook
@@ -410,6 +412,7 @@ def save(
             (str(out), "."),
             (str(ledger.cache_dir()), "~/.cache/lmlab"),
             (str(ledger.book_dir().parent), "."),
+            (gettempdir(), "…"),
             (str(Path.home()), "~"),
         ]
         new = with_outputs(read_notebook(path), read_notebook(out / path.name), folders)

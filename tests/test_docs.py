@@ -102,7 +102,7 @@ def test_no_directive_in_sight(site):
 
 def test_every_paper_is_listed(site):
     page = text_of(site / "papers.html")
-    assert len(catalogue()) == 142
+    assert len(catalogue()) >= 142
     assert [p.slug for p in catalogue().values() if p.arxiv not in page or p.name not in page] == []
 
 

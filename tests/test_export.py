@@ -79,7 +79,8 @@ def exported(tmp_path_factory):
         cwd=tmp,
         capture_output=True,
         text=True,
-        env={k: v for k, v in os.environ.items() if k != "IN_TEST"} | dict(PYTHONPATH=""),  # with IN_TEST it exports nothing
+        env={k: v for k, v in os.environ.items() if k != "IN_TEST"}
+        | dict(PYTHONPATH=""),  # with IN_TEST it exports nothing
     )
     assert p.returncode == 0, p.stderr
     assert (tmp / "lmlab" / "_modidx.py").exists(), "the export wrote nothing"
@@ -172,9 +173,9 @@ def test_committed_result_is_fresh(slug):
     for c in ledger.read_results(ledger.results_path(slug, "cpu"))["claims"]:
         assert f"{c['id']}:" in shown, f"{slug}: the committed notebook does not show claim {c['id']}"
         if (m := ledger.claim_row(c)["measured"]) != "–":
-            assert ledger.markdown_table([dict(m=m)]).splitlines()[-1].strip("| ") in shown.replace("\\\\", "\\"), (
-                f"{slug}, {c['id']}: the ledger says {m}, the committed notebook shows another number"
-            )
+            assert ledger.markdown_table([dict(m=m)]).splitlines()[-1].strip("| ") in shown.replace(
+                "\\\\", "\\"
+            ), f"{slug}, {c['id']}: the ledger says {m}, the committed notebook shows another number"
 
 
 def test_ledger_has_no_orphans():
@@ -189,7 +190,7 @@ def test_readme_is_the_front_page():
     from lmlab.core.site import readme
 
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme(), (
-        "README.md is not what nbs/index.ipynb gives: run `make export`"
+        "README.md is not what nbs/index.ipynb gives: run `make index`"
     )
 
 

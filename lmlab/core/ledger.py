@@ -340,21 +340,35 @@ def read_results(
 
 
 # %% ../../nbs/core/ledger.ipynb #cb83375c
+def _shape(node):
+    "A syntax tree as nested lists, without what differs between Python versions"
+    if isinstance(node, ast.AST):
+        parts = [
+            [k, s] for k, v in ast.iter_fields(node) if k != "kind" and (s := _shape(v)) not in (None, [])
+        ]
+        return [type(node).__name__, *parts]
+    if isinstance(node, list):
+        return [_shape(n) for n in node]
+    return None if node is None else repr(node)
+
+
 def code_hash(
     path,  # a notebook
 ) -> str:  # 16 hexadecimal digits
-    "Hash of the code cells; prose, comment lines, outputs and the parameters cell do not count"
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    "Hash of the code cells' syntax; prose, comments, layout, outputs and the parameters cell do not count"
     h = hashlib.sha256()
-    for c in cells:
+    for c in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]:
         if c["cell_type"] != "code" or {"parameters", "injected-parameters"} & set(
             c["metadata"].get("tags", [])
         ):
             continue
-        lines = [s.rstrip() for s in "".join(c["source"]).splitlines()]
-        kept = "\n".join(s for s in lines if s and not s.lstrip().startswith("#"))
-        if kept:
-            h.update(kept.encode() + b"\0")
+        source = "".join(c["source"])
+        try:
+            tree = _shape(ast.parse(source).body)
+        except SyntaxError:  # a magic or a shell line
+            tree = source
+        if tree:
+            h.update(json.dumps(tree).encode() + b"\0")
     return h.hexdigest()[:16]
 
 
