@@ -30,9 +30,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 ROWS, LANE = 32, 4  # rows of a tile, neighbouring inputs of a row in a step
 LONGEST = 2**18  # inputs; with more, a sum might leave int32 (ternary.cpp says why)
 REGION = 2**26  # bytes of memory that packed matrices share; it is given back when the last of them is gone
-CACHE = (
-    2**20
-)  # bytes of weights that a core keeps close: more come from memory, where fewer bytes count more than fewer operations
+# bytes of weights that a core keeps close: more come from memory, where fewer bytes count more than fewer operations
+CACHE = 2**20
 _DIGITS = {"2bit": (1, 4, 16, 64), "1.6bit": (1, 3, 9, 27, 81)}  # what each code counts in its byte
 
 
@@ -202,9 +201,8 @@ def _placed(codes):
     if codes.nbytes < 2**16 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return codes if codes.data_ptr() % 64 == 0 else codes.clone()
     with _lock:
-        if (
-            _region[1] + codes.nbytes > _region[2]
-        ):  # matrices share regions, since a page of its own for each would waste half of it
+        if _region[1] + codes.nbytes > _region[2]:
+            # matrices share regions, since a page of its own for each would waste half of it
             size = max(REGION, codes.nbytes)
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             try:

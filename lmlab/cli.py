@@ -7,7 +7,6 @@ __all__ = [
     "TIMEOUT",
     "COLOURS",
     "table",
-    "best_results",
     "counts",
     "list_papers",
     "card",
@@ -102,17 +101,6 @@ def _width(stream=None) -> int:
 
 
 # %% ../nbs/cli.ipynb #79bf268b
-def best_results(
-    slug: str,  # a paper
-    scale: str = None,  # only this scale; default the largest there is
-) -> dict | None:
-    "The committed result of a paper, with `state` added; None where there is none"
-    for sc in [scale] if scale else reversed(SCALES):
-        if results_path(slug, sc).exists():
-            return read_results(results_path(slug, sc))
-    return None
-
-
 def counts(
     claims: list,  # dicts with a `verdict`
 ) -> dict:  # verdict -> how many, none left out
@@ -127,7 +115,7 @@ def _tally(claims):
 def _verdicts(slug, scale=None):
     "What the list says about a paper's claims"
     try:
-        res = best_results(slug, scale)
+        res = ledger.best(slug, scale)
     except ValueError:
         return "damaged results file"
     return f"{_tally(res['claims'])} ({res['scale']})" if res else ""
@@ -187,7 +175,7 @@ def card(
     for sc in SCALES:
         if (state := ledger.state(slug, sc)) != "missing":
             lines.append(f"results   {results_path(slug, sc)} ({state})")
-    if res := best_results(slug):
+    if res := ledger.best(slug):
         lines += [
             "",
             f"Claims, measured at scale {res['scale']} on {res['environment'].get('device', 'an unknown device')}:",
@@ -568,10 +556,8 @@ def report(
     "The state of the field as plain data"
     results = []
     for slug in catalogue():
-        if res := best_results(slug, scale):
-            results.append(
-                res | {"state": ledger.state(slug, res["scale"]) if ledger.built(slug) else "stale"}
-            )
+        if res := ledger.best(slug, scale):
+            results.append(res | {"state": ledger.state(slug, res["scale"])})
     claims = [c for r in results for c in r["claims"]]
     return dict(papers=len(catalogue()), built=sum(map(ledger.built, catalogue())), measured=len(results),
                 stale=sum(r["state"] == "stale" for r in results), claims=len(claims), verdicts=counts(claims), results=results)  # fmt: skip

@@ -24,7 +24,6 @@ if not WORKER:  # the workers inherit the folder: a nano model is trained once f
     if KEPT:
         Path(KEPT).mkdir(parents=True, exist_ok=True)
 
-import contextlib  # noqa: E402
 import json  # noqa: E402
 
 import pytest  # noqa: E402
@@ -81,26 +80,6 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if not WORKER and not KEPT:
         shutil.rmtree(os.environ["LMLAB_CACHE"], ignore_errors=True)
-
-
-@contextlib.contextmanager
-def once(name):
-    "Only one worker at a time; `once('nano')` around what all of them would otherwise make at once"
-    with open(Path(os.environ["LMLAB_CACHE"]) / f"{name}.lock", "w") as f:
-        if sys.platform != "win32":
-            import fcntl
-
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
-@pytest.fixture(scope="session")
-def nano():
-    "The shared nano model, trained by the first who asks"
-    with once("nano"):
-        from lmlab.core.nano import nano_lm
-
-        return nano_lm()
 
 
 @pytest.fixture(scope="session")

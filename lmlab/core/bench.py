@@ -29,7 +29,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import time
@@ -41,6 +40,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .chapter import cpu_name
 from .ledger import cache_dir, markdown_table, write_json
 
 
@@ -456,16 +456,9 @@ def machine() -> dict:  # plain strings and numbers
     "What the ceilings depend on"
     from lmlab.kernels import cpu
 
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as f:
-            model = next(l.split(":")[1].strip() for l in f if l.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "cpu": model,
-        "architecture": platform.machine(),
+        "cpu": cpu_name(),
         "cores": cores,
         "torch": torch.__version__,
         "kernels": cpu.info().get("level"),

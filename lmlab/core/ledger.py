@@ -25,9 +25,8 @@ __all__ = [
     "code_hash",
     "results_path",
     "state",
-    "result",
-    "all_results",
     "best",
+    "all_results",
     "number",
     "claim_row",
     "markdown_table",
@@ -385,26 +384,23 @@ def state(
     path = results_path(slug, scale)
     if not path.exists():
         return "missing"
+    if not built(slug):
+        return "stale"  # a result whose chapter has gone
     return "fresh" if read_results(path)["code_hash"] == code_hash(notebook(slug)) else "stale"
-
-
-def result(slug: str, scale: str) -> dict | None:  # with `state` added; None where nothing was measured
-    "The committed result of a chapter at one scale"
-    if not results_path(slug, scale).exists():
-        return None
-    return read_results(results_path(slug, scale)) | {"state": state(slug, scale)}
-
-
-def all_results() -> dict:  # (slug, scale) -> results, with `state` added
-    "The whole committed ledger"
-    return {(s, sc): r for s in catalogue() for sc in SCALES if (r := result(s, sc))}
 
 
 def best(
     slug: str,  # a paper
-) -> dict | None:  # the result of the largest scale measured
+    scale: str = None,  # only this scale; default the largest that was measured
+) -> dict | None:  # as stored; None where nothing was measured
     "The most telling result of a chapter"
-    return next((r for sc in reversed(SCALES) if (r := result(slug, sc))), None)
+    paths = (results_path(slug, sc) for sc in ([scale] if scale else reversed(SCALES)))
+    return next((read_results(p) for p in paths if p.exists()), None)
+
+
+def all_results() -> dict:  # (slug, scale) -> results, with `state` added
+    "The whole committed ledger"
+    return {(s, sc): r | {"state": state(s, sc)} for s in catalogue() for sc in SCALES if (r := best(s, sc))}
 
 
 # %% ../../nbs/core/ledger.ipynb #83428b77
