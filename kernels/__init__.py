@@ -7,14 +7,17 @@
 
 `auto` takes Triton on a GPU, the C++ library on a CPU, and the torch reference where neither is there or the dtype is not
 supported. A backend that was asked for and cannot run falls back to the reference, and says so once. Importing this package imports
-neither torch nor the library.
+neither torch nor the library. Each family of operations is a module of its own here: the definition, the C++ and the Triton form, `bench`.
 """
 
 import importlib
+import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 FAMILIES = ("decay", "read", "ternary")  # each is a module here with its operations and a `bench()`
@@ -66,23 +69,56 @@ def chosen(
     )
 
 
-def pick(
-    op: str,  # name of the operation
-    asked: str,  # the argument of the call
-    device: str,  # type of the device of its tensors, e.g. "cpu"
-    dtype=None,  # torch dtype that decides whether a backend can run it
-):  # (name of the backend, function)
-    "What runs `op` now"
-    want = chosen(asked)
-    name = want if want != "auto" else {"cuda": "triton", "cpu": "cpu"}.get(device, "reference")
-    if name != "reference":
-        module = importlib.import_module(f"lmlab.kernels.{name}")
-        if f := module.function(op, device, dtype):
-            return name, f
-        reason = module.reason(op, device, dtype)
-        if want != "auto" or module.expected(device):
-            say_once(f"{op} runs on the torch reference, because {reason}")
-    return "reference", getattr(importlib.import_module("lmlab.kernels.reference"), op)
+def absent(
+    name: str,  # "cpu" or "triton"
+    device: str,  # type of the device of the tensors, e.g. "cpu"
+) -> str | None:  # why it cannot run there, None when it can
+    "What keeps a backend from running on tensors of this device"
+    if name == "cpu":
+        from lmlab.kernels import cpu
+
+        return f"its tensors are on {device!r}, not on the CPU" if device != "cpu" else cpu.missing()
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed"
+    if device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"its tensors are on {device!r}, not on a GPU (TRITON_INTERPRET=1 lets Triton's interpreter run it on a CPU)"
+
+
+@dataclass(frozen=True)
+class Operation:
+    "One operation: its definition in torch, and the faster forms it has; all take the same arguments"
+
+    name: str
+    reference: Callable
+    cpu: Callable = None  # on the C++ library
+    triton: Callable = None  # imports triton when it is called
+    dtypes: tuple = None  # what the faster forms take; None: any
+
+    def pick(
+        self,
+        asked: str,  # the argument of the call
+        device: str,  # type of the device of its tensors
+        dtype=None,  # torch dtype that decides whether a faster form can run
+    ):  # (name of the backend, function)
+        "What runs now"
+        want = chosen(asked)
+        name = want if want != "auto" else {"cuda": "triton", "cpu": "cpu"}.get(device, "reference")
+        if name == "reference":
+            return name, self.reference
+        label = {"cpu": "C++", "triton": "Triton"}[name]
+        form, reason, theirs = getattr(self, name), absent(name, device), False
+        if form is None:
+            reason, theirs = f"it has no {label} form", True
+        elif self.dtypes and dtype not in self.dtypes:
+            reason, theirs = reason or f"it has no {label} form for {dtype}", reason is None
+        if reason is None:
+            return name, form
+        if want != "auto" or (
+            name == "cpu" and not theirs
+        ):  # a missing library is worth a word: the user can mend it
+            say_once(f"{self.name} runs on the torch reference, because {reason}")
+        return "reference", self.reference
 
 
 def family(

@@ -12,10 +12,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 1  # `lmlab_abi()` of the library this file was written for
-_FLOATS = (torch.float32, torch.bfloat16)
-DTYPES = {"decay_scores": _FLOATS, "decay_scores_backward": _FLOATS, "read_bytes": None}  # None: any
-
+ABI = 2  # `lmlab_abi()` of the library this file was written for
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "lmlab_abi": (_I, []),
@@ -26,8 +23,6 @@ _SIGNATURES = {
     "lmlab_set_level": (_I, [ctypes.c_char_p]),
     "lmlab_read": (_L, [_P, _L, _I]),
     "lmlab_peak": (_L, [ctypes.c_char_p, _L, _I]),
-    "lmlab_decay_forward": (None, [_P, _P, _P, _L, _I, _I, _I]),
-    "lmlab_decay_backward": (None, [_P, _P, _P, _P, _P, _L, _I, _I, _I]),
 }
 
 
@@ -91,23 +86,21 @@ def level(
         lib.lmlab_set_level(old)
 
 
-def function(op, device, dtype):  # None when this backend cannot run it
-    "The function that runs `op` here"
-    if device != "cpu" or library() is None or op not in DTYPES or (DTYPES[op] and dtype not in DTYPES[op]):
-        return None
-    return globals()[op]
+def missing() -> str | None:  # None when it is there
+    "Why there is no library"
+    return _open()[1]
 
 
-def reason(op, device, dtype) -> str:
-    "Why `function` is None"
-    if device != "cpu":
-        return f"its tensors are on {device!r}, not on the CPU"
-    return _open()[1] or f"it has no C++ form for {dtype}"
-
-
-def expected(device) -> bool:  # is a fallback worth a word when nobody asked for this backend?
-    "True when the library is missing, which the user may want to mend"
-    return device == "cpu" and library() is None
+@cache
+def symbol(
+    name: str,  # of a function of the library
+    result,  # its ctypes type
+    *args,  # the ctypes types of its arguments
+):  # the function
+    "A function of the library with its types said; call it only where `missing()` is None"
+    f = getattr(library(), name)
+    f.restype, f.argtypes = result, args
+    return f
 
 
 def plain_read(x):  # contiguous tensor
@@ -118,39 +111,3 @@ def plain_read(x):  # contiguous tensor
     if library() is None:
         return x.sum()
     return library().lmlab_read(x.data_ptr(), x.numel() * x.element_size(), torch.get_num_threads())
-
-
-def read_bytes(x):
-    "As `reference.read_bytes`"
-    return torch.tensor(plain_read(x.contiguous()))
-
-
-def decay_scores(scores, g):
-    "As `reference.decay_scores`"
-    scores, g, c = scores.contiguous(), g.float().contiguous(), scores.shape[-1]
-    out = torch.empty_like(scores)
-    half = scores.dtype == torch.bfloat16
-    if out.numel():
-        library().lmlab_decay_forward(
-            scores.data_ptr(),
-            g.data_ptr(),
-            out.data_ptr(),
-            scores.numel() // c**2,
-            c,
-            half,
-            torch.get_num_threads(),
-        )
-    return out
-
-
-def decay_scores_backward(grad, out, g):
-    "As `reference.decay_scores_backward`"
-    grad, out, wide, c = grad.contiguous(), out.contiguous(), g.float().contiguous(), grad.shape[-1]
-    grad_scores, grad_g = torch.empty_like(grad), torch.empty_like(wide)
-    half = grad.dtype == torch.bfloat16
-    if out.numel():
-        library().lmlab_decay_backward(
-            *(t.data_ptr() for t in (grad, out, wide, grad_scores, grad_g)),
-            *(grad.numel() // c**2, c, half, torch.get_num_threads()),
-        )
-    return grad_scores, grad_g.to(g.dtype)

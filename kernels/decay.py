@@ -5,14 +5,72 @@ the lower triangle. In torch this is a difference, a mask, an exponential, a pro
 Here it is one read and one write, and the backward needs only the output, not the scores.
 """
 
+import ctypes
+
 import torch
-from lmlab.kernels import pick
+from lmlab.kernels import Operation, cpu
 from torch import Tensor
+
+
+def _wide(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _decay(g, like):
+    g = g.to(_wide(like))
+    below = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).tril()
+    return (g[..., :, None] - g[..., None, :]).masked_fill(~below, -torch.inf).exp(), below
+
+
+def reference(scores, g):
+    "`scores[i,j] * exp(g[i] - g[j])` on and below the diagonal, zero above"
+    d, below = _decay(g, scores)
+    return (scores.to(d.dtype) * d).masked_fill(~below, 0).to(scores.dtype)
+
+
+def reference_backward(grad, out, g):
+    "Gradients of `reference` for `scores` and `g`, from its output"
+    d, below = _decay(g, grad)
+    grad_scores = (grad.to(d.dtype) * d).masked_fill(~below, 0).to(grad.dtype)
+    p = (grad.to(d.dtype) * out.to(d.dtype)).tril(-1)
+    return grad_scores, (p.sum(-1) - p.sum(-2)).to(g.dtype)
+
+
+def _symbol(name, pointers):
+    return cpu.symbol(name, None, *[ctypes.c_void_p] * pointers, ctypes.c_int64, *[ctypes.c_int] * 3)
+
+
+def _sizes(x):
+    c = x.shape[-1]
+    return x.numel() // c**2, c, x.dtype == torch.bfloat16, torch.get_num_threads()
+
+
+def on_cpu(scores, g):
+    "As `reference`, in C++"
+    scores, g = scores.contiguous(), g.float().contiguous()
+    out = torch.empty_like(scores)
+    if out.numel():
+        _symbol("lmlab_decay_forward", 3)(*(t.data_ptr() for t in (scores, g, out)), *_sizes(scores))
+    return out
+
+
+def on_cpu_backward(grad, out, g):
+    "As `reference_backward`, in C++"
+    grad, out, wide = grad.contiguous(), out.contiguous(), g.float().contiguous()
+    made = torch.empty_like(grad), torch.empty_like(wide)
+    if out.numel():
+        _symbol("lmlab_decay_backward", 5)(*(t.data_ptr() for t in (grad, out, wide, *made)), *_sizes(grad))
+    return made[0], made[1].to(g.dtype)
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+FORWARD = Operation("decay_scores", reference, on_cpu, dtypes=DTYPES)
+BACKWARD = Operation("decay_scores_backward", reference_backward, on_cpu_backward, dtypes=DTYPES)
 
 
 @torch.library.custom_op("lmlab::decay_scores", mutates_args=())
 def _forward(scores: Tensor, g: Tensor, backend: str) -> Tensor:
-    return pick("decay_scores", backend, scores.device.type, scores.dtype)[1](scores, g)
+    return FORWARD.pick(backend, scores.device.type, scores.dtype)[1](scores, g)
 
 
 @_forward.register_fake
@@ -22,7 +80,7 @@ def _(scores, g, backend):
 
 @torch.library.custom_op("lmlab::decay_scores_backward", mutates_args=())
 def _backward(grad: Tensor, out: Tensor, g: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return pick("decay_scores_backward", backend, grad.device.type, grad.dtype)[1](grad, out, g)
+    return BACKWARD.pick(backend, grad.device.type, grad.dtype)[1](grad, out, g)
 
 
 @_backward.register_fake

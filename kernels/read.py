@@ -1,13 +1,32 @@
 """A plain read of memory, the bandwidth ceiling that every memory-bound kernel is held against, and the smallest example of a kernel."""
 
 import torch
-from lmlab.kernels import pick
+from lmlab.kernels import Operation
 from torch import Tensor
+
+
+def reference(x):
+    "The sum of `x`'s memory as 64-bit words, modulo 2**64; a last partial word is filled with zeros"
+    flat = x.contiguous().view(-1).view(torch.uint8)
+    whole = flat.numel() // 8 * 8
+    last = flat.new_zeros(8)
+    last[: flat.numel() - whole] = flat[whole:]
+    return torch.cat([flat[:whole], last]).view(torch.int64).sum()
+
+
+def on_cpu(x):
+    "The same in C++"
+    from lmlab.kernels.cpu import plain_read
+
+    return torch.tensor(plain_read(x.contiguous()))
+
+
+READ = Operation("read_bytes", reference, on_cpu)
 
 
 @torch.library.custom_op("lmlab::read_bytes", mutates_args=())
 def _read_bytes(x: Tensor, backend: str) -> Tensor:
-    return pick("read_bytes", backend, x.device.type, x.dtype)[1](x)
+    return READ.pick(backend, x.device.type, x.dtype)[1](x)
 
 
 @_read_bytes.register_fake

@@ -17,12 +17,11 @@ import mmap
 import os
 import threading
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lmlab.kernels import chosen, say_once
+from lmlab.kernels import Operation, cpu
 from torch import Tensor
 
 FORMATS = {"2bit": 4, "1.6bit": 5}  # name -> weights a byte
@@ -297,25 +296,12 @@ class _Matrix(ctypes.Structure):
     _fields_ += [("rows", ctypes.c_int64), ("scales", ctypes.c_int32), ("trits", ctypes.c_int32)]
 
 
-@cache
-def _library():
-    "The C++ library with the types of its ternary functions said, or None"
-    from lmlab.kernels import cpu
-
-    lib = cpu.library()
-    if lib is None or not hasattr(lib, "lmlab_ternary_linear"):
-        return None
-    pointer, long, int_, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
-    lib.lmlab_ternary_paths.restype, lib.lmlab_ternary_paths.argtypes = text, []
-    lib.lmlab_ternary_linear.restype = int_
-    lib.lmlab_ternary_linear.argtypes = [pointer, long, long, int_, pointer, int_, int_, text]
-    return lib
+_P, _L, _I, _S = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
 
 
 def paths() -> list:  # best first; empty without the C++ library
     "The instruction sets for which this machine has a ternary kernel"
-    lib = _library()
-    return lib.lmlab_ternary_paths().decode().split() if lib else []
+    return [] if cpu.missing() else cpu.symbol("lmlab_ternary_paths", _S)().decode().split()
 
 
 def prepared(
@@ -332,7 +318,7 @@ def prepared(
     tokens, half = math.prod(x.shape[:-1]), x.dtype == torch.bfloat16
     threads, name = threads or torch.get_num_threads(), path and path.encode()
     args = x.data_ptr(), tokens, x.shape[-1], half, matrices, len(layers), threads, name
-    call, kept = _library().lmlab_ternary_linear, (x, layers)
+    call, kept = cpu.symbol("lmlab_ternary_linear", _I, _P, _L, _L, _I, _P, _I, _I, _S), (x, layers)
     return lambda kept=kept: call(*args)
 
 
@@ -350,27 +336,7 @@ def on_cpu(x, codes, scale, bias, rows, inputs, format, path=None):
     return y
 
 
-def _pick(backend, device):
-    "The function that runs, by the rules of `lmlab.kernels`"
-    want = chosen(backend)
-    if want == "reference":
-        return reference
-    if device == "cpu" and want in ("auto", "cpu"):
-        if _library():
-            return on_cpu
-        from lmlab.kernels import cpu
-
-        say_once(
-            f"ternary_linear runs on the torch reference, because {cpu.info().get('why', 'the C++ library is an older one')}"
-        )
-    elif want != "auto":
-        why = (
-            "it has no Triton form yet"
-            if want == "triton"
-            else f"its tensors are on {device!r} and this backend is for the CPU"
-        )
-        say_once(f"ternary_linear runs on the torch reference, because {why}")
-    return reference
+LINEAR = Operation("ternary_linear", reference, on_cpu, dtypes=DTYPES)
 
 
 @torch.library.custom_op("lmlab::ternary_linear", mutates_args=())
@@ -384,7 +350,7 @@ def _linear(
     format: str,
     backend: str,
 ) -> Tensor:
-    return _pick(backend, x.device.type)(x, codes, scale, bias, rows, inputs, format)
+    return LINEAR.pick(backend, x.device.type, x.dtype)[1](x, codes, scale, bias, rows, inputs, format)
 
 
 @_linear.register_fake
@@ -442,8 +408,6 @@ def linear(
 
 def _race(rows, inputs, tokens, threads, rounds, budget):
     "One shape: both formats, the same bytes merely read, the same products merely multiplied, and torch's own layers"
-    from lmlab.kernels.cpu import library, plain_read
-
     from lmlab.core.bench import cold, paired
 
     w = torch.randint(-1, 2, (rows, inputs), dtype=torch.int8)
@@ -459,11 +423,11 @@ def _race(rows, inputs, tokens, threads, rounds, budget):
         following = cold(make)
         fns[format] = lambda f=following: f()[1]()
         if format == "2bit":
-            fns["plain read"] = lambda f=following: plain_read(f()[0])
+            fns["plain read"] = lambda f=following: cpu.plain_read(f()[0])
             fns["2bit as an operation"] = lambda f=following: _linear(
                 x, f()[0], scale, None, rows, inputs, "2bit", "cpu"
             )
-    flops, lib = 2 * rows * inputs * tokens, library()
+    flops, lib = 2 * rows * inputs * tokens, cpu.library()
     if once := lib.lmlab_peak(b"int8", 1, 1):
         fns["int8 peak"] = lambda: lib.lmlab_peak(b"int8", max(1, flops // once // threads), threads)
     following = {
@@ -484,10 +448,8 @@ def bench(
     quick: bool = False,  # two cases and fewer rounds
 ) -> dict:  # name of the case -> (`Timing`, what was moved and computed, and the two ratios that count)
     "The shapes of a BitNet with 2 billion weights, of its down projection, and of a Llama with 7; weights from memory"
-    if not _library():
-        raise RuntimeError(
-            "bench: ternary kernels need the C++ library, which is not there; `lmlab.kernels.cpu.info()` says why"
-        )
+    if cpu.missing():
+        raise RuntimeError(f"bench: ternary kernels need the C++ library, but {cpu.missing()}")
     cases = [
         (2560, 2560, 1),
         (6912, 2560, 1),

@@ -14,6 +14,8 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXP
 os.environ |= dict.fromkeys(THREADS, "1")  # read when torch is imported, so before anything else
 os.environ |= dict(IN_TEST="1", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ |= dict(JUPYTER_PLATFORM_DIRS="1", PYDEVD_DISABLE_FILE_VALIDATION="1")  # else every kernel warns
+if not shutil.which("nvidia-smi"):
+    os.environ["TRITON_INTERPRET"] = "1"  # no GPU: Triton kernels run in its interpreter, on the CPU
 for name in ("LMLAB_OUT", "LMLAB_DATA", "LMLAB_RUN"):
     os.environ.pop(name, None)
 

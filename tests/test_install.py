@@ -167,7 +167,7 @@ with warnings.catch_warnings(record=True) as said:
     for _ in range(3):
         out = k.decay_scores(torch.ones(2, 3, 3), torch.zeros(2, 3))
 assert torch.equal(out, torch.ones(2, 3, 3).tril()), out
-print(lmlab.__file__, k.__file__, k.pick("decay_scores", "auto", "cpu", torch.float32)[0], sum(w.category is k.Fallback for w in said))
+print(lmlab.__file__, k.__file__, k.family("decay").FORWARD.pick("auto", "cpu", torch.float32)[0], sum(w.category is k.Fallback for w in said))
 """
     p = elsewhere(site, code)
     assert p.returncode == 0, p.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import lmlab.kernels as kernels
 import pytest
 import torch
-from lmlab.kernels import backend, cpu, decay_scores, read_bytes, reference
+from lmlab.kernels import backend, cpu, decay, decay_scores, read_bytes
 from lmlab.kernels.decay import in_torch
 
 from lmlab.core.check import check_kernel, math_threads, test_rel
@@ -98,8 +98,8 @@ def test_every_path_returns_the_same_bits():
                 seen = []
                 for level in levels:
                     with cpu.level(level):
-                        out = cpu.decay_scores(s, g * scale)
-                        seen.append((out, *cpu.decay_scores_backward(s.flip(0), out, g * scale)))
+                        out = decay.on_cpu(s, g * scale)
+                        seen.append((out, *decay.on_cpu_backward(s.flip(0), out, g * scale)))
                 for other in seen[1:]:
                     for a, b in zip(seen[0], other, strict=True):
                         assert ((a == b) | (a.isnan() & b.isnan())).all(), (dtype, c, scale)
@@ -195,11 +195,11 @@ def test_the_switch(monkeypatch):
     "Argument before block before environment before automatic"
     monkeypatch.delenv("LMLAB_BACKEND", raising=False)
     best = "cpu" if cpu.library() else "reference"
-    name = lambda asked=None: kernels.pick("decay_scores", asked, "cpu", torch.float32)[0]
+    name = lambda asked=None: decay.FORWARD.pick(asked, "cpu", torch.float32)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", kernels.Fallback)
         assert name() == name("auto") == best
-        assert kernels.pick("decay_scores", "auto", "meta", torch.float32)[0] == "reference"
+        assert decay.FORWARD.pick("auto", "meta", torch.float32)[0] == "reference"
         with backend("reference"):
             assert name() == name("auto") == "reference" and name("cpu") == best
             with backend("cpu"):
@@ -231,7 +231,7 @@ def reopened():
 def test_without_the_library(monkeypatch, tmp_path, reopened):
     "Missing, torn or of another interface: one message that says why, then the reference"
     s, g, _ = case((2, 6), torch.float32, torch.Generator().manual_seed(0))
-    want = reference.decay_scores(s, g)
+    want = decay.reference(s, g)
     torn = tmp_path / "_cpu.so"
     torn.write_bytes(b"\x7fELF torn")
     for path, why in ((tmp_path / "none.so", "not built"), (torn, "does not load")):
