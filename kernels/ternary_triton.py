@@ -37,7 +37,9 @@ def _quantize(x, q, ratio, total, inputs, steps, BLOCK: tl.constexpr):
     for at in range(0, 16 * steps, BLOCK):
         k = at + i
         v = tl.load(x + token * inputs + k, mask=k < inputs, other=0.0).to(tl.float32)
-        rounded = tl.where(finite, v, 0.0) * scale + 12582912.0  # 1.5 * 2^23: to the nearest, ties to even, the integer in the low bits
+        rounded = (
+            tl.where(finite, v, 0.0) * scale + 12582912.0
+        )  # 1.5 * 2^23: to the nearest, ties to even, the integer in the low bits
         n = rounded.to(tl.int32, bitcast=True) - 0x4B400000
         sums += n
         place = ((token * 4 + k // 4 % 4) * steps + k // 16) * 4 + k % 4
@@ -107,14 +109,14 @@ def _few(
     tile, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     r, n = tl.arange(0, 32), tl.arange(0, N)
     known = tl.minimum(n, tokens - 1)[:, None]
+    here = codes + tile * steps * 32 + r[None, None, :]
     sums = tl.zeros([N, S, 32], tl.int32)
     for at in range(part * share, tl.minimum(part * share + share, steps), S):
         s = at + tl.arange(0, S)
-        inside = s[:, None] < steps
-        w = tl.load(codes + (tile * steps + s[:, None]) * 32 + r[None, :], mask=inside, other=0)
+        w = tl.load(here + s[None, :, None] * 32, mask=s[None, :, None] < steps, other=0)
         for p in tl.static_range(4):
             v = tl.load(q + (known * 4 + p) * padded + s[None, :])
-            sums = _dot4(sums, ((w >> 2 * p) & 0x03030303)[None, :, :], v[:, :, None], DP4A)
+            sums = _dot4(sums, (w >> 2 * p) & 0x03030303, v[:, :, None], DP4A)
     sums, row = tl.sum(sums, 1), (tile * 32 + r)[None, :]
     mask = (n[:, None] < tokens) & (row < rows)
     if SPLIT:
@@ -201,11 +203,12 @@ def _two_bit(codes, rows, inputs, format):
     return made
 
 
-def _splits(tiles, steps, device):
-    "Into how many programs the inputs of a tile go, so that four of them wait for each processor"
-    cuda = device.type == "cuda"
-    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count if cuda else 6
-    return max(1, min(wanted // tiles, triton.cdiv(steps, STEPS)))
+def _room(device):
+    "Programs that keep all processors busy, four on each, and tokens of a program of `_many` that fit its shared memory"
+    if device.type != "cuda":
+        return 6, 64
+    p = torch.cuda.get_device_properties(device)
+    return 4 * p.multi_processor_count, 128 if p.shared_memory_per_block_optin >= 2**17 else 64
 
 
 def on_triton(
@@ -219,36 +222,46 @@ def on_triton(
 ) -> Tensor:  # ... out
     "As `reference` of lmlab.kernels.ternary, in Triton"
     y = x.new_empty(*x.shape[:-1], rows)
-    if not y.numel():
-        return y
-    x, codes = x.contiguous(), _two_bit(codes, rows, inputs, format).contiguous()
-    tokens, (tiles, steps, _), new = x.numel() // inputs if inputs else y.numel() // rows, codes.shape, x.new_empty
-    padded = max(1, triton.cdiv(steps, STEPS)) * STEPS
+    if y.numel():
+        with torch.cuda.device_of(x):
+            _launch(
+                x.contiguous(), _two_bit(codes, rows, inputs, format).contiguous(), scale, bias, y, inputs
+            )
+    return y
+
+
+def _launch(x, codes, scale, bias, y, inputs):
+    tokens, rows, (tiles, steps, _) = y.numel() // y.shape[-1], y.shape[-1], codes.shape
+    new, (programs, wide) = x.new_empty, _room(x.device)
+    blocks = max(1, triton.cdiv(steps, STEPS))
+    padded = blocks * STEPS
     q, ratio = new(tokens, 4, padded, 4, dtype=torch.int8), new(tokens, dtype=torch.float32)
     total = new(tokens, dtype=torch.int32)
-    # a product and a sum that became one operation would round once where the reference rounds twice
+    # a product and a sum that become one operation round once where the reference rounds twice
     exact = dict(enable_fp_fusion=False)
     block = min(4096, triton.next_power_of_2(16 * padded))
     _quantize[(tokens,)](x, q, ratio, total, inputs, padded, block, num_warps=8, **exact)
-    scale, bias = scale.contiguous(), scale if bias is None else bias.float().contiguous()
-    given = dict(SCALES=scale.numel() > 1, BIAS=bias is not scale) | exact
-    if tokens > FEW:
-        n = min(128, triton.next_power_of_2(max(tokens, 16)))
-        grid = triton.cdiv(rows, 128), triton.cdiv(tokens, n)
-        args = q, codes, ratio, total, scale, bias, y, tokens, rows, steps, padded
-        _many[grid](*args, R=128, N=n, S=32, num_warps=8 if n > 32 else 4, num_stages=3, **given)
-        return y
-    n, splits = triton.next_power_of_2(tokens), _splits(tiles, steps, x.device)
-    share = max(1, triton.cdiv(triton.cdiv(steps, STEPS), splits)) * STEPS
-    splits = max(1, triton.cdiv(steps, share))
-    parts = new(splits, tokens, rows, dtype=torch.int32) if splits > 1 else total
-    words = q.view(torch.int32), codes.view(torch.int32)
-    sizes = tokens, rows, steps, padded, share
-    dp4a = x.is_cuda and torch.version.cuda is not None
-    _few[tiles, splits](
-        *words, parts, ratio, total, scale, bias, y, *sizes, n, STEPS // n, splits > 1, dp4a, **given
+    given = dict(SCALES=scale.numel() > 1, BIAS=bias is not None) | exact
+    end = (
+        ratio,
+        total,
+        scale.contiguous(),
+        scale if bias is None else bias.float().contiguous(),
+        y,
+        tokens,
+        rows,
     )
+    if tokens > FEW:
+        n = min(wide, max(16, triton.next_power_of_2(tokens)))
+        grid, warps = (triton.cdiv(rows, 128), triton.cdiv(tokens, n)), 8 if n > 32 else 4
+        _many[grid](q, codes, *end, steps, padded, R=128, N=n, S=16, num_warps=warps, num_stages=3, **given)
+        return
+    share = triton.cdiv(blocks, max(1, min(programs // tiles, blocks))) * STEPS
+    splits = triton.cdiv(padded, share)
+    parts = new(splits, tokens, rows, dtype=torch.int32) if splits > 1 else total
+    sizes = dict(N=triton.next_power_of_2(tokens), S=STEPS if tokens <= 2 else STEPS // 2, SPLIT=splits > 1)
+    dp4a = x.is_cuda and torch.version.cuda is not None
+    words = q.view(torch.int32), codes.view(torch.int32), parts
+    _few[tiles, splits](*words, *end, steps, padded, share, **sizes, DP4A=dp4a, **given)
     if splits > 1:
-        grid = triton.cdiv(rows, 256), tokens
-        _join[grid](parts, ratio, total, scale, bias, y, tokens, rows, splits, 256, **given)
-    return y
+        _join[triton.cdiv(rows, 256), tokens](parts, *end, splits, BLOCK=256, **given)
