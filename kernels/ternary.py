@@ -377,7 +377,7 @@ def _gradients(ctx, grad):
     if ctx.needs_input_grad[0]:
         dx = ((grad.float() * scale) @ _unpack(codes, ctx.rows, ctx.inputs, ctx.format).float()).to(ctx.dtype)
     if ctx.needs_input_grad[3]:
-        db = grad.float().reshape(-1, ctx.rows).sum(0).to(ctx.bias)
+        db = grad.float().reshape(math.prod(grad.shape[:-1]), ctx.rows).sum(0).to(ctx.bias)
     return dx, None, None, db, None, None, None, None
 
 
