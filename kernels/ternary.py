@@ -444,7 +444,7 @@ def _race(rows, inputs, tokens, threads, rounds, budget):
     fns["torch float32"] = lambda: F.linear(x, following[torch.float32]())
     fns["torch int8 _int_mm"] = lambda: torch._int_mm(q, following[torch.int8]().mT)
     timing = paired(fns, rounds=rounds, threads=threads, budget=budget)
-    work = {"bytes": packed["2bit"].codes.nbytes, "flops": flops}
+    work = {"bytes": packed["2bit"].codes.nbytes, "flops": flops, "dtype": "int8"}
     work["time over plain read"] = {format: timing.ratio(format, "plain read") for format in FORMATS}
     if once:
         work["fraction of int8 peak"] = {format: timing.ratio("int8 peak", format) for format in FORMATS}
