@@ -198,7 +198,7 @@ class Decoder:
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise ValueError(f"x: {x.dtype} on {x.device}; allowed is float32 on the CPU")
         if rows is None and counts is None:
-            sequences, n = state.batch, None
+            sequences = state.batch
         else:
             rows = list(range(state.batch)) if rows is None else [int(r) for r in rows]
             sequences = len(rows)
@@ -219,6 +219,14 @@ class Decoder:
                 )
         run = STEP.pick(backend, x.device.type, x.dtype)[1]
         return run(self, x.detach().contiguous(), state, rows, counts, n)
+
+    def _c_shape(self, state):
+        return ctypes.byref(
+            _Shape(
+                len(self.layers), self.d, self.f, self.heads, self.kv_heads, self.head_dim, state.batch, state.length,
+                self.eps, self.head_dim**-0.5, self.act == "silu", state.keys.dtype == torch.bfloat16,
+            )
+        )  # fmt: skip
 
     def _full(self, state, rows, counts, n):
         "Say which row has no room"
@@ -279,7 +287,33 @@ def reference(dec, x, state, rows, counts, n):
     return x.view(shape)
 
 
-STEP = Operation("decoder", reference, None, dtypes=(torch.float32,))
+_P, _L, _I, _S = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_char_p
+
+
+def _whole(numbers):
+    return None if numbers is None else (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def on_cpu(dec, x, state, rows, counts, n, path=None, threads=None):
+    "As `reference`, in C++; `path` is one of `ternary.paths()`, None for the best"
+    y = torch.empty_like(x)
+    call = cpu.symbol("lmlab_decoder_step", _I, *[_P] * 10, _L, _L, _I, _S)
+    sequences = state.batch if rows is None else len(rows)
+    pointers = (t.data_ptr() for t in (dec._rotations, state.keys, state.values, state.lengths, x, y))
+    threads, name = threads or torch.get_num_threads(), path and path.encode()
+    failed = call(
+        dec._c_layers, dec._c_shape(state), *pointers, _whole(rows), _whole(counts), sequences, n, threads, name
+    )
+    if failed == -3:
+        dec._full(state, rows, counts, n)
+    if failed == -1:
+        raise ValueError(f"path: {path!r} does not run on this machine; allowed are {', '.join(paths())}")
+    if failed:
+        raise MemoryError(f"decoder: no memory for the activations of {x.numel() // dec.d} tokens of {dec.d}")
+    return y
+
+
+STEP = Operation("decoder", reference, on_cpu, dtypes=(torch.float32,))
 
 
 def head_reference(x, weight):
