@@ -507,6 +507,79 @@ template <class T> struct Step {
     }
 };
 
+// 32 numbers as two vectors. Of bfloat16 these are the lower and the upper halves of sixteen pairs, which is cheaper than to widen them
+// in order; whatever they meet is put in that order beforehand.
+struct Pair { f32x16 lower, upper; };
+constexpr int PAIR = 2 * LANES;
+
+LMLAB_INLINE Pair load_pair(const float* p) { return {load(p), load(p + LANES)}; }
+LMLAB_INLINE Pair load_pair(const bf16* p) {
+    u32x16 v;
+    memcpy(&v, p, sizeof v);
+    return {(f32x16)(v << 16), (f32x16)(v & 0xffff0000)};
+}
+
+// Products of N rows of x with R rows of a weight, `apart` from each other: each is sixteen sums along the row, then the sum of these. x is filled up with zeros.
+template <int R, int N, class T> LMLAB_INLINE void products(const float* x, int64_t filled, const T* weight, int64_t apart, int64_t d, float* y, int64_t stride) {
+    f32x16 sums[R][N] = {};
+    auto one = [&](int r, int64_t i, const T* from) __attribute__((always_inline)) {
+        Pair w = load_pair(from);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) sums[r][n] += w.lower * load(x + n * filled + i) + w.upper * load(x + n * filled + i + LANES);
+    };
+    int64_t i = 0;
+    for (; i + PAIR <= d; i += PAIR)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) one(r, i, weight + r * apart * d + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        if (i < d) {
+            T last[PAIR] = {};
+            memcpy(last, weight + r * apart * d + i, (d - i) * sizeof(T));
+            one(r, i, last);
+        }
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+            float total = 0;
+            for (int l = 0; l < LANES; l++) total += sums[r][n][l];
+            y[n * stride + r * apart] = total;
+        }
+    }
+}
+
+template <int R, class T> LMLAB_INLINE void all_products(const float* x, int64_t filled, int64_t m, const T* weight, int64_t apart, int64_t d, float* y, int64_t stride) {
+    int64_t n = 0;
+    for (; n + 4 <= m; n += 4) products<R, 4>(x + n * filled, filled, weight, apart, d, y + n * stride, stride);
+    for (; n + 2 <= m; n += 2) products<R, 2>(x + n * filled, filled, weight, apart, d, y + n * stride, stride);
+    if (n < m) products<R, 1>(x + n * filled, filled, weight, apart, d, y + n * stride, stride);
+}
+
+// Rows of a weight for all m rows of x. Four rows from four quarters at a time: each is a stream of memory that the machine fetches ahead.
+template <class T> LMLAB_INLINE void head_body(const float* x, int64_t filled, int64_t m, const T* weight, int64_t rows, int64_t d, float* y, int64_t stride) {
+    const int64_t quarter = rows / 4;
+    for (int64_t r = 0; r < quarter; r++) all_products<4>(x, filled, m, weight + r * d, quarter, d, y + r, stride);
+    for (int64_t r = 4 * quarter; r < rows; r++) all_products<1>(x, filled, m, weight + r * d, 0, d, y + r, stride);
+}
+LMLAB_DISPATCH(head, (const float* x, int64_t filled, int64_t m, const T* weight, int64_t rows, int64_t d, float* y, int64_t stride), (x, filled, m, weight, rows, d, y, stride))
+
+template <class T> static int head_all(const float* x, int64_t m, const void* weight, int64_t vocab, int64_t d, float* y, int threads) {
+    auto f = head_pick<T>();
+    const int64_t filled = rounded(d, PAIR);
+    float* ordered = (float*)scratch.get(m * filled * sizeof(float));
+    if (!ordered) return -2;
+    for (int64_t n = 0; n < m; n++)
+        for (int64_t i = 0; i < filled; i++) {
+            int64_t in = i % PAIR, from = sizeof(T) == 4 ? i : i - in + in % LANES * 2 + in / LANES;
+            ordered[n * filled + i] = from < d ? x[n * d + from] : 0;
+        }
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int t = 0; t < threads; t++) {
+        int64_t from = vocab * t / threads, to = vocab * (t + 1) / threads;
+        f(ordered, filled, m, (const T*)weight + from * d, to - from, d, y + from, vocab);
+    }
+    return 0;
+}
+
 template <class T> static int step(const Path& path, const Layer* layers, const Shape& s, const float* rotations, void* keys, void* values,
                                    const std::vector<Place>& places, float* y, int threads) {
     Step<T> step = {path, layers, s, rotations, (T*)keys, (T*)values};
@@ -541,4 +614,9 @@ LMLAB_API int lmlab_decoder_step(const void* layers, const void* shape, const fl
     }
     for (int64_t i = 0; i < sequences; i++) lengths[rows ? rows[i] : i] += counts ? counts[i] : n;
     return 0;
+}
+
+// y[m][vocab] = x[m][d] times weight[vocab][d], which is float (half = 0) or bf16 (half = 1). 0: done; -2: no memory
+LMLAB_API int lmlab_head(const float* x, int64_t m, const void* weight, int64_t vocab, int64_t d, int half, float* y, int threads) {
+    return (half ? decoder::head_all<bf16> : decoder::head_all<float>)(x, m, weight, vocab, d, y, threads);
 }

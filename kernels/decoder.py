@@ -321,7 +321,17 @@ def head_reference(x, weight):
     return F.linear(x, weight.float())
 
 
-HEAD = Operation("head", head_reference, None, dtypes=(torch.float32,))
+def head_on_cpu(x, weight, threads=None):
+    "As `head_reference`, in C++"
+    x, weight, y = x.contiguous(), weight.contiguous(), x.new_empty(len(x), len(weight))
+    call = cpu.symbol("lmlab_head", _I, _P, _L, _P, _L, _L, _I, _P, _I)
+    half, threads = weight.dtype == torch.bfloat16, threads or torch.get_num_threads()
+    if call(x.data_ptr(), len(x), weight.data_ptr(), *weight.shape, half, y.data_ptr(), threads):
+        raise MemoryError(f"head: no memory for {len(x)} rows of {x.shape[1]}")
+    return y
+
+
+HEAD = Operation("head", head_reference, head_on_cpu, dtypes=(torch.float32,))
 
 
 def head(
