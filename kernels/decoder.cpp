@@ -27,7 +27,8 @@ struct Layer {  // the fields of `_Layer` in decoder.py; a sub-norm may be null
 
 struct Shape {  // the fields of `_Shape` in decoder.py
     int64_t layers, d, f, heads, kv_heads, head_dim, batch, length;
-    float eps, scale;  // of the norms; of the scores
+    double eps;   // of the norms
+    float scale;  // of the scores
     int32_t silu, half;
 };
 
@@ -38,8 +39,8 @@ constexpr int QUERIES = 4;    // that read the same keys together
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef double f64x8 __attribute__((vector_size(64)));
 
-// out = weight * (x / sqrt(mean of squares + eps)); the sum is in double, so its order does not show in the float it becomes
-template <class T> LMLAB_INLINE void norm_body(const T* x, const T* weight, int64_t k, float eps, T* out) {
+// out = weight * (x / sqrt(mean of squares + eps)); the root is in double, so the order of its sum does not show in the float it becomes
+template <class T> LMLAB_INLINE void norm_body(const T* x, const T* weight, int64_t k, double eps, T* out) {
     f64x8 even = {}, odd = {};
     int64_t i = 0;
     for (; i + 16 <= k; i += 16) {
@@ -54,11 +55,11 @@ template <class T> LMLAB_INLINE void norm_body(const T* x, const T* weight, int6
     double sum = 0;
     for (int l = 0; l < 8; l++) sum += even[l];
     for (int64_t j = i; j < k; j++) sum += (double)x[j] * x[j];
-    float r = 1 / std::sqrt((float)(sum / k) + eps);
+    float r = (float)(1 / std::sqrt(sum / k + eps));
     for (i = 0; i + LANES <= k; i += LANES) store(out + i, load(weight + i) * (load(x + i) * r));
     if (i < k) store(out + i, load(weight + i, k - i) * (load(x + i, k - i) * r), k - i);
 }
-LMLAB_DISPATCH(norm, (const T* x, const T* weight, int64_t k, float eps, T* out), (x, weight, k, eps, out))
+LMLAB_DISPATCH(norm, (const T* x, const T* weight, int64_t k, double eps, T* out), (x, weight, k, eps, out))
 
 // y[n] += part[n], the outputs of one tile
 template <class T> LMLAB_INLINE void add_body(const T* part, int count, int64_t width, T* y, int64_t stride) {

@@ -9,7 +9,7 @@
 
 A layer is `x += o(sub_norm(attention(q, k, v of norm(x))))`, then `x += down(sub_norm(act(gate(h)) * up(h)))` with `h = norm(x)`: a BitNet, or
 a Llama where the sub-norms are `None`. Linear layers are those of `lmlab.kernels.ternary`, with the same bits. Everything else is float32,
-but for the mean square of a norm, whose sum is in float64, so that its order does not count.
+but for the root of a norm, which is in float64, so that the order of its sum does not count.
 
 What a token becomes depends on the tokens of its row alone, bit for bit in C++: not on the batch, the cut of a prompt into calls, the
 number of threads, the instruction set. There are no gradients; for these take `ternary.linear` and torch's attention.
@@ -28,6 +28,7 @@ from torch import Tensor
 ACTS = ("relu2", "silu")
 DTYPES = (torch.float32, torch.bfloat16)  # of keys and values, and of the weight of a head
 KEYS = 16  # that stand side by side in a block: one vector holds the same feature of all of them
+WIDE = 16  # features of a value are filled up to a multiple of this
 NORMS = "input_norm", "attn_sub_norm", "post_norm", "ffn_sub_norm"
 
 
@@ -80,7 +81,7 @@ class _Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64) for name in ("layers", "d", "f", "heads", "kv_heads", "head_dim", "batch", "length")
     ]
-    _fields_ += [("eps", ctypes.c_float), ("scale", ctypes.c_float), ("silu", ctypes.c_int32), ("half", ctypes.c_int32)]
+    _fields_ += [("eps", ctypes.c_double), ("scale", ctypes.c_float), ("silu", ctypes.c_int32), ("half", ctypes.c_int32)]
 
 
 def _matrix(p):
@@ -168,7 +169,7 @@ class Decoder:
             if not isinstance(n, int) or n < 1:
                 raise ValueError(f"{name}: {n!r}; allowed is a whole number from 1")
         blocks, lead = -(-length // KEYS), (len(self.layers), batch, self.kv_heads)
-        wide = -(-self.head_dim // KEYS) * KEYS
+        wide = -(-self.head_dim // WIDE) * WIDE
 
         def empty(*shape):
             return _memory(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
@@ -230,18 +231,19 @@ class Decoder:
 
     def _full(self, state, rows, counts, n):
         "Say which row has no room"
-        for r, c in zip(rows or range(state.batch), counts or [n] * state.batch, strict=True):
+        rows = range(state.batch) if rows is None else rows
+        for r, c in zip(rows, [n] * len(rows) if counts is None else counts, strict=True):
             held = int(state.lengths[r])
             if not 0 <= held <= state.length - c:
                 raise ValueError(f"state: row {r} holds {held} tokens and has room for {state.length}; {c} more do not fit")
 
 
 def rms_norm(x, weight, eps):  # `None` for a weight is no norm
-    "`weight * x / sqrt(mean(x^2) + eps)` in float32, the mean in float64"
+    "`weight * x / sqrt(mean(x^2) + eps)` in float32; what x is divided by is in float64 until it is ready"
     if weight is None:
         return x
-    mean = x.double().square().mean(-1, keepdim=True).float()
-    return weight * (x * (1 / (mean + eps).sqrt()))
+    mean = x.double().square().mean(-1, keepdim=True)
+    return weight * (x * (1 / (mean + eps).sqrt()).float())
 
 
 def rotate(x, cos, sin):
@@ -260,30 +262,35 @@ def _attend(dec, state, layer, row, q, k, v):
     keys, values = state.keys[layer, row], state.values[layer, row]
     keys[:, at // KEYS, :, at % KEYS] = k.to(keys.dtype)
     values[:, start:end, : dec.head_dim] = v.transpose(0, 1).to(values.dtype)
-    k = keys.transpose(-1, -2).flatten(1, 2)[:, :end].float()
-    v = values[:, :end, : dec.head_dim].float()
-    q = q.transpose(0, 1).unflatten(0, (dec.kv_heads, -1))  # kv_heads group n head_dim
-    scores = q @ k[:, None].mT * dec.head_dim**-0.5
-    scores = scores.masked_fill(torch.arange(end) > at[:, None], -torch.inf)
-    return (scores.softmax(-1) @ v[:, None]).flatten(0, 1).transpose(0, 1).flatten(1)
+    k = keys.transpose(-1, -2).flatten(1, 2)[:, None].float()  # kv_heads 1 length' head_dim
+    v = values[:, None, :, : dec.head_dim].float()
+    q = q.transpose(0, 1).unflatten(0, (dec.kv_heads, -1)) * dec.head_dim**-0.5  # kv_heads group n head_dim
+    out = q.new_empty(n, dec.heads, dec.head_dim)
+    for i, end in enumerate(range(start + 1, end + 1)):  # no token meets a later one, not even with a weight of zero
+        scores = q[:, :, i : i + 1] @ k[:, :, :end].mT
+        out[i] = (scores.softmax(-1) @ v[:, :, :end]).flatten(0, 2)
+    return out.flatten(1)
 
 
 @torch.no_grad()
 def reference(dec, x, state, rows, counts, n):
     "The definition of a decoder, in torch"
     dec._full(state, rows, counts, n)
-    rows, counts = rows or list(range(state.batch)), counts or [n] * state.batch
+    rows = list(range(state.batch)) if rows is None else rows
+    counts = [n] * len(rows) if counts is None else counts
     shape, x = x.shape, x.reshape(-1, dec.d).clone()
     act = {"relu2": lambda g: g.relu().square(), "silu": F.silu}[dec.act]
     for i, l in enumerate(dec.layers):
         h = rms_norm(x, l.input_norm, dec.eps)
         qkv = (linear(h, p, backend="reference").unflatten(-1, (-1, dec.head_dim)).split(counts) for p in (l.q, l.k, l.v))
-        a = torch.cat([_attend(dec, state, i, row, *one) for row, *one in zip(rows, *qkv, strict=True)])
+        rows_of = [_attend(dec, state, i, row, *one) for row, *one in zip(rows, *qkv, strict=True)]
+        a = torch.cat([x.new_empty(0, dec.heads * dec.head_dim), *rows_of])
         x += linear(rms_norm(a, l.attn_sub_norm, dec.eps), l.o, backend="reference")
         h = rms_norm(x, l.post_norm, dec.eps)
         g, u = (linear(h, p, backend="reference") for p in (l.gate, l.up))
         x += linear(rms_norm(act(g) * u, l.ffn_sub_norm, dec.eps), l.down, backend="reference")
-    state.lengths[rows] += torch.tensor(counts)
+    for row, count in zip(rows, counts, strict=True):
+        state.lengths[row] += count
     return x.view(shape)
 
 
