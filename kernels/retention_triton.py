@@ -54,11 +54,16 @@ def _keep_tile(x, value, row, column, rows, cols, A: tl.constexpr, B: tl.constex
 
 
 @triton.jit
+def _exp(x):
+    "`exp(x)` of what is at most 0 but for rounding: sums in another order may differ, and by much where they are large"
+    return tl.exp(tl.where(x > 0.0, 0.0, x))
+
+
+@triton.jit
 def _decay(g, C: tl.constexpr):
-    "`exp(g[i] - g[j])` on and below the diagonal, zero above, where the difference may be positive"
+    "`exp(g[i] - g[j])` for readers i and writers j, and which pairs are in order; of the others nothing may be used"
     i = tl.arange(0, C)
-    below = i[:, None] >= i[None, :]
-    return tl.where(below, tl.exp(tl.where(below, g[:, None] - g[None, :], 0.0)), 0.0), below
+    return _exp(g[:, None] - g[None, :]), i[:, None] >= i[None, :]
 
 
 @triton.jit
@@ -85,7 +90,7 @@ def _states(
         g, all, there = _fades(log_gamma, at, t, C)
         k_ = _rows(k, at, t, k_t, d, row, C, D)
         v_ = _rows(v, at, t, v_t, e, column, C, E)
-        v_ = (v_ * (tl.exp(all - g) * scale)[:, None]).to(v_.dtype)
+        v_ = (v_ * (_exp(all - g) * scale)[:, None]).to(v_.dtype)
         state = _dot(tl.trans(k_), v_, state * tl.exp(all), DOT)
     _keep_tile(last + which.to(tl.int64) * size, state, row, column, d, e, D, E)
 
@@ -175,7 +180,7 @@ def _gradients(
     k_ = _rows(_head(k, which, heads, k_b, k_h), at, t, k_t, d, row, C, D)
     ds = tl.where(i[:, None] > i[None, :], ds * decay * scale, 0.0).to(q_.dtype)
     dq_ = _dot(ds, k_, dq_ * tl.exp(g)[:, None], DOT)
-    dk_ *= (tl.exp(all - g) * scale)[:, None]
+    dk_ *= (_exp(all - g) * scale)[:, None]
     within = _dot(tl.trans(ds), q_, tl.zeros((C, D), tl.float32), DOT)
     q32, k32 = q_.to(tl.float32), k_.to(tl.float32)
     written = tl.sum(k32 * dk_, 1)
@@ -208,7 +213,7 @@ def _value_gradients(
     decay, below = _decay(g, C)
     do_ = _rows(_head(do, which, heads, do_b, do_h), at, t, do_t, e, column, C, E)
     scores = tl.where(below, scores * decay * scale, 0.0).to(do_.dtype)
-    dv_ = _dot(tl.trans(scores), do_, dv_ * (tl.exp(all - g) * scale)[:, None], DOT)
+    dv_ = _dot(tl.trans(scores), do_, dv_ * (_exp(all - g) * scale)[:, None], DOT)
     _keep_tile(dv + which.to(tl.int64) * t * e, dv_, at, column, t, e, C, E)
 
 
