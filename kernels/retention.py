@@ -237,3 +237,76 @@ def gated_retention(
     wide = _wide(q)
     state = q.new_zeros(b, h, d, e, dtype=wide) if state is None else state.to(wide)
     return _forward(q, k, v, log_gamma.to(wide), state, chunk, backend)
+
+
+def in_torch(q, k, v, log_gamma, chunk=64):
+    "All chunks at once in torch's operations and `decay_scores`, with torch's own backward: what the kernel has to beat"
+    shape, short = v.shape, -q.shape[2] % chunk
+    q, k, v = (F.pad(x, (0, 0, 0, short)).unflatten(2, (-1, chunk)) for x in (q, k * k.shape[-1] ** -0.5, v))
+    g = F.pad(log_gamma, (0, short)).unflatten(2, (-1, chunk)).cumsum(-1)
+    o = decay.decay_scores(q @ k.mT, g) @ v
+    states = (k.mT @ (v * (g[..., -1:] - g).exp()[..., None].to(v.dtype))).float()  # what each chunk writes
+    fades = (g[..., -1].cumsum(-1)[..., :, None] - g[..., -1].cumsum(-1)[..., None, :]).clamp(max=0).exp().tril()
+    states = F.pad((fades @ states.flatten(-2)).view_as(states)[:, :, :-1], (0, 0, 0, 0, 1, 0))
+    o = o + (q * g.exp()[..., None].to(q.dtype)) @ states.to(q.dtype)
+    return o.flatten(2, 3)[:, :, : shape[2]]
+
+
+def _products(b, h, t, d, dtype, backward, chunk=64):
+    "Only the matrix products of `in_torch`, as a function without arguments; a backward has two for each"
+    n = -(-t // chunk)
+    x = lambda *s, dtype=dtype: torch.randn(b * h, *s).to(dtype)
+    tokens, scores, states = x(n, chunk, d), x(n, chunk, chunk), x(n, d, d)
+    fades, flat = x(n, n, dtype=torch.float32), x(n, d * d, dtype=torch.float32)
+
+    def run():
+        tokens @ tokens.mT, scores @ tokens, tokens.mT @ tokens, tokens @ states, fades @ flat
+        if backward:
+            scores @ tokens, scores.mT @ tokens, scores.mT @ tokens, tokens @ tokens.mT, tokens @ states
+            tokens @ states.mT, tokens @ states.mT, tokens.mT @ tokens, fades.mT @ flat, flat @ flat.mT
+
+    return run
+
+
+def _one_case(b, h, t, d, dtype, backward, threads, quick):
+    "Race one shape; (`Timing`, what one run must move and compute, and the share of torch's time that is no matrix product)"
+    from lmlab.core.bench import paired
+
+    heads = lambda: torch.randn(b, t, h, d).to(dtype).transpose(1, 2).requires_grad_()  # as a layer hands them over
+    q, k, v, grad = heads(), heads(), heads(), heads().detach()
+    log_gamma = (F.logsigmoid(torch.randn(b, h, t)) / 16).requires_grad_()
+    attention = lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    forms = {"kernel": lambda *x: gated_retention(*x)[0], "torch": in_torch, "SDPA": attention}
+
+    def run(f):
+        if not backward:
+            with torch.no_grad():
+                return f(q, k, v, log_gamma)
+        return torch.autograd.grad(f(q, k, v, log_gamma), (q, k, v, log_gamma), grad, allow_unused=True)
+
+    fns = {name: lambda f=f: run(f) for name, f in forms.items()}
+    fns["torch, products only"] = _products(b, h, t, d, dtype, backward)
+    timing = paired(fns, rounds=5 if quick else 21, threads=threads, budget=1 if quick else 3)
+    share = timing.ratio("torch, products only", "torch")
+    tokens, (middle, low, high) = b * h * t, share
+    work = {
+        "bytes": (12 if backward else 4) * tokens * d * dtype.itemsize,
+        "flops": tokens * d * (7 * 64 + 14 * d if backward else 2 * 64 + 4 * d),
+    }
+    return timing, work | {"share of elementwise time": (1 - middle, 1 - high, 1 - low)}
+
+
+def bench(
+    quick: bool = False,  # two shapes and fewer rounds
+) -> dict:  # name of the case -> (`Timing`, what was moved and computed, and the elementwise share of torch's time)
+    "Prompts of the YOCO chapter's model and its training batch; against torch in chunks, and for scale softmax attention of equal width"
+    f, h = torch.float32, torch.bfloat16
+    cases = [(1, 8, 512, 64, f), (1, 8, 2048, 64, f), (1, 8, 2048, 64, h), (1, 8, 8192, 64, h), (8, 2, 256, 32, f)]
+    out = {}
+    for threads in sorted({1, torch.get_num_threads()}):
+        for b, heads, t, d, dtype in cases[::4] if quick else cases:
+            for backward in (False, True):
+                name = f"{b} x {heads} x {t} x {d} {str(dtype).removeprefix('torch.')}, forward"
+                name += f"{' + backward' * backward}, {threads} thread{'s' * (threads > 1)}"
+                out[name] = _one_case(b, heads, t, d, dtype, backward, threads, quick)
+    return out

@@ -242,6 +242,16 @@ def test_without_the_library(monkeypatch):
         assert torch.equal(gated_retention(*x)[0], want)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_can_be_raced(backward):
+    "The form that the kernel is raced against computes the same, and a case runs"
+    x = case((1, 2, 150, 8, 8), torch.float32, seeded())[:4]
+    test_rel(R.in_torch(*x), gated_retention(*x)[0], 3e-6)
+    timing, work = R._one_case(1, 2, 20, 8, torch.float32, backward, 1, quick=True)
+    assert next(iter(timing.seconds)) == "kernel" and work["bytes"] > 0 and work["flops"] > 0
+    assert work["share of elementwise time"][0] < 1
+
+
 DRIVER = r"""
 #include <cmath>
 #include <cstdint>
