@@ -231,11 +231,11 @@ template <class T> static void backward_one(const Call& c, int64_t which, float*
         transpose(r, ep, rt, dp, d, e);
         transpose(g, ep, gt, dp, d, e);
         rows_in(k0 + at * c.k.t, c.k.t, krows, dp, n, d, c.scale);
-        rows_in(k0 + at * c.k.t, c.k.t, k, ld, n, d, c.scale);
         rows_in(q0 + at * c.q.t, c.q.t, qrows, dp, n, d, 1);
         rows_in(v0 + at * c.v.t, c.v.t, v, le, n, e, 1);
-        rows_in(do0 + at * c.dout.t, c.dout.t, dout, le, n, e, 1);
         rows_in(do0 + at * c.dout.t, c.dout.t, drows, ep, n, e, 1);
+        rows_in(krows, dp, k, ld, n, d, 1);
+        rows_in(drows, ep, dout, le, n, e, 1);
         transpose(krows, dp, turned, cp, n, d);
         product<FULL>(qrows, dp, turned, cp, s, cp, n, cp, d, false, true);
         transpose(v, le, turned, cp, n, e);

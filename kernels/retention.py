@@ -111,8 +111,9 @@ def _run(backward, chunk, q, k, v, plain, tokens):
         setattr(call, name, _Tokens(x.data_ptr(), *x.stride()[:3]))
     for name, x in plain.items():
         setattr(call, name, x.data_ptr())
-    # a chunk that fills the cache gains nothing, one of a few tokens leaves the vectors empty
-    call.n, call.h, call.t, call.d, call.e, call.chunk = b * h, h, t, d, v.shape[-1], min(max(chunk, 16), 128, max(t, 1))
+    call.n, call.h, call.t, call.d, call.e = b * h, h, t, d, v.shape[-1]
+    # a chunk of a few tokens leaves the vectors empty, one longer than a head is wide computes more scores than it saves on the state
+    call.chunk = min(max(chunk, 16), max(32, min(d, 128)), t)
     call.scale, call.half, call.threads = d**-0.5, q.dtype == torch.bfloat16, torch.get_num_threads()
     if cpu.symbol("lmlab_retention", ctypes.c_int, _P, ctypes.c_int)(ctypes.byref(call), backward):
         raise MemoryError(f"gated_retention: no memory for chunks of {call.chunk} tokens of {d} by {v.shape[-1]}")
