@@ -28,6 +28,9 @@ struct Call {  // as the caller lays it out; the fields of `_Call` in attention.
     float scale;
     int32_t causal, half;             // the last query sees up to the last key; bf16 instead of float
 
+    // Weights are powers of two, and the largest score must have the largest weight: the sign of the scale goes to the queries.
+    float factor() const { return scale == 0 ? 1.f : (scale < 0 ? -scale : scale) * 1.44269504088896341f; }
+    float sign() const { return scale < 0 ? -1.f : scale == 0 ? 0.f : 1.f; }
     int64_t first(int64_t row) const { return start ? std::min(std::max<int64_t>(start[row], 0), m) : 0; }
     int64_t last(int64_t row) const { return stop ? std::min(std::max<int64_t>(stop[row], 0), m) : m; }
     int64_t limit(int64_t row, int64_t i) const { return causal ? std::min(last(row), m - n + i + 1) : last(row); }  // of query i

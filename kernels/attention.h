@@ -224,8 +224,8 @@ template <int R> static void mix(const float* p, const float* v, int64_t units, 
 }
 
 struct Group {  // what is known of L queries so far
-    V top;     // the largest score times c
-    V sum[L];  // of exp2(score * c - top), by lanes of keys
+    V top;     // the largest score
+    V sum[L];  // of exp2((score - top) * c), by lanes of keys
 };
 
 LMLAB_INLINE V pairs(V a, V b);  // to bfloat16, those of a before those of b
@@ -247,9 +247,9 @@ template <int R> static void soften(float* scores, int64_t keys, float c, Group&
     }
 #pragma GCC unroll 16
     for (int r = R; r < L; r++) x[r] = x[0];
-    V top = across<Larger>(x) * c, most = top > g.top ? top : g.top;
+    V top = across<Larger>(x), most = top > g.top ? top : g.top;
     V used = most == -__builtin_inff() ? V{} : most;  // nothing seen yet, or nothing but -inf: weights of 0
-    V worth = exp2(g.top - used);
+    V worth = exp2((g.top - used) * c);  // the difference first: a score may be too large to be told from its neighbours
     g.top = most;
     put(fade, worth);
     float least[L];
@@ -257,9 +257,9 @@ template <int R> static void soften(float* scores, int64_t keys, float c, Group&
 #pragma GCC unroll 1
     for (int r = 0; r < R; r++) {
         float* s = scores + r * BLOCK;
-        V a = {}, b = {}, minus = all(-least[r]), by = all(c);
+        V a = {}, b = {}, minus = all(least[r]), by = all(c);
         for (int64_t j = 0; j < keys; j += 2 * L) {
-            V p = exp2(fma(vec(s + j), by, minus)), o = exp2(fma(vec(s + j + L), by, minus));
+            V p = exp2((vec(s + j) - minus) * by), o = exp2((vec(s + j + L) - minus) * by);
             a += p;
             b += o;
             write_weights(s + j / STEP, p, o);
@@ -321,8 +321,7 @@ template <class T> static void tile(const Call& a, int64_t b, int64_t head, int6
     float* q = (float*)(state + groups);
     float* out = q + groups * ROWS * units;
     float* scores = out + groups * ROWS * columns;
-    const float sign = a.scale < 0 ? -1.f : a.scale == 0 ? 0.f : 1.f;  // NaN: 1
-    const float c = a.scale == 0 ? 1.f : (a.scale < 0 ? -a.scale : a.scale) * 1.44269504088896341f;
+    const float sign = a.sign(), c = a.factor();
 
     memset(out, 0, groups * ROWS * columns * sizeof(float));
     memset(q, 0, groups * ROWS * units * sizeof(float));
@@ -482,10 +481,9 @@ template <int R, class T> static void single(const T* k, int64_t ks, const T* v,
         for (int64_t j = L; j < n; j += L) x = larger(x, vec(s + j));
         float top = x[0];
         for (int l = 1; l < L; l++) top = x[l] > top ? x[l] : top;
-        top *= c;
-        V minus = all(top == -__builtin_inff() ? 0.f : -top), by = all(c);
+        V minus = all(top == -__builtin_inff() ? 0.f : top), by = all(c);
         for (int64_t j = 0; j < n; j += L) {
-            V p = exp2(fma(vec(s + j), by, minus));
+            V p = exp2((vec(s + j) - minus) * by);
             put(s + j, p);
             sum += p;
         }
@@ -508,9 +506,8 @@ template <class T> static void single_query(const Call& a, int64_t b, int64_t he
     for (int64_t g = 0; g < group; g++)
         for (int64_t i = 0; i < a.d; i += 2 * L) {
             Two w = two((const T*)a.q + b * a.qs[0] + (head * group + g) * a.qs[1] + i, a.d - i);
-            const float s = a.scale < 0 ? -1.f : a.scale == 0 ? 0.f : 1.f;
-            put(to + g * wide + i, w.a * s);
-            put(to + g * wide + i + L, w.b * s);
+            put(to + g * wide + i, w.a * a.sign());
+            put(to + g * wide + i + L, w.b * a.sign());
         }
 }
 
@@ -518,7 +515,7 @@ template <class T> static void single_part(const Call& a, int64_t b, int64_t hea
     const int64_t group = a.h / a.hk, wide = single_wide(a), size = single_size(a);
     const T* k = (const T*)a.k + b * a.ks[0] + head * a.ks[1] + from * a.ks[2];
     const T* v = (const T*)a.v + b * a.vs[0] + head * a.vs[1] + from * a.vs[2];
-    const float c = a.scale == 0 ? 1.f : (a.scale < 0 ? -a.scale : a.scale) * 1.44269504088896341f;
+    const float c = a.factor();
     for (int64_t g = 0; g < group;) {
         const int64_t left = group - g;
         auto f = left >= 4 ? single<4, T> : left >= 2 ? single<2, T> : single<1, T>;
@@ -529,12 +526,13 @@ template <class T> static void single_part(const Call& a, int64_t b, int64_t hea
 
 template <class T> static void single_join(const Call& a, int64_t b, int64_t head, int64_t parts, const float* part) {
     const int64_t group = a.h / a.hk, size = single_size(a);
+    const float c = a.factor();
     for (int64_t g = 0; g < group; g++, part += size) {
         float top = -__builtin_inff(), total = 0;
         for (int64_t i = 0; i < parts; i++) top = part[i * group * size] > top ? part[i * group * size] : top;
         const float used = top == -__builtin_inff() ? 0.f : top;
         T* to = (T*)a.out + b * a.os[0] + (head * group + g) * a.os[1];
-        for (int64_t i = 0; i < parts; i++) total += exp2(all(part[i * group * size] - used))[0] * part[i * group * size + 1];
+        for (int64_t i = 0; i < parts; i++) total += exp2(all((part[i * group * size] - used) * c))[0] * part[i * group * size + 1];
         for (int64_t e = 0; e < a.dv; e += L) {
             V sum = {};
             const int64_t n = a.dv - e < L ? a.dv - e : L;
@@ -542,7 +540,7 @@ template <class T> static void single_join(const Call& a, int64_t b, int64_t hea
             for (int64_t i = 0; i < parts; i++) {
                 const float* p = part + i * group * size;
                 for (int64_t l = 0; l < n; l++) some[l] = p[2 + place((const T*)0, e + l)];
-                sum = fma(exp2(all(p[0] - used)), vec(some), sum);
+                sum = fma(exp2(all((p[0] - used) * c)), vec(some), sum);
             }
             write(to + e, parts ? sum / total : V{}, n);
         }

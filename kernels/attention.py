@@ -35,7 +35,7 @@ def _blocks(q, k, v, start, stop, scale, causal, wild=False):
     "For each block of queries: its slice, the queries by key head, what they see, their weights"
     (b, h, n, _), (hk, m) = q.shape, k.shape[1:3]
     step = max(1, LARGEST // max(1, b * h * m * (v.shape[-1] if wild else 1)))
-    for i in range(0, n, step):
+    for i in range(0, max(n, 1), step):
         j = min(n, i + step)
         seen = _seen(start, stop, causal, i, j, n, m, q.device)
         x = q[:, :, i:j].unflatten(1, (hk, h // hk))
@@ -50,8 +50,7 @@ def _wide(*tensors):
 
 def reference(q, k, v, start, stop, scale, causal):
     "`softmax(scale q kᵀ + mask) v`, a block of queries at a time"
-    (b, h, n, _), dtype = q.shape, q.dtype
-    q, k, v = _wide(q, k, v)
+    dtype, (q, k, v) = q.dtype, _wide(q, k, v)
     out, wild = [], not v.isfinite().all()
     for _, _, seen, w in _blocks(q, k, v, start, stop, scale, causal, wild):
         if wild:  # 0 times infinity is NaN: what is not seen must not be multiplied at all
@@ -59,8 +58,7 @@ def reference(q, k, v, start, stop, scale, causal):
         else:
             o = w @ v[:, :, None]
         out.append(o.flatten(1, 2))
-    out = torch.cat([q.new_empty(b, h, 0, v.shape[-1]), *out], 2).to(dtype)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return torch.cat(out, 2).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def reference_backward(grad, q, k, v, start, stop, scale, causal):
@@ -210,3 +208,199 @@ def attention(
     _bound("start", start, q)
     _bound("stop", stop, q)
     return _attention(q, k, v, start, stop, d**-0.5 if scale is None and d else float(scale or 0), causal, backend)
+
+
+# ---- in transformers
+
+
+# What models hand to every attention function, and what changes nothing here: a window is in the mask already
+HARMLESS = {
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "max_length_k", "max_length_q", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "position_embeddings", "position_ids", "return_dict", "sliding_window", "use_cache",
+}  # fmt: skip
+_TAG = "_lmlab_seen"  # attribute of a mask: (its version, what `_recognised` found in it)
+
+
+def _ranges(rows):
+    "b m, bool: (first, end) of the one range of True in each row, None where there is more than one"
+    count, m = rows.sum(-1), rows.shape[-1]
+    first = rows.int().argmax(-1)
+    end = torch.where(count > 0, m - rows.flip(-1).int().argmax(-1), first)
+    return (first, end) if bool((end - first == count).all()) else None
+
+
+def _recognised(mask):
+    "b 1 n m, bool: (keys, start, stop, causal) of which it is the mask, or None"
+    n, m = mask.shape[2:]
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or not n or not m:
+        return None
+    if (ranges := _ranges(mask[:, 0, -1])) is None:
+        return None
+    start, stop = ranges
+    for keys, causal in ((m, n > 1), (int(stop.max()), n > 1), (m, False)):
+        if keys >= n or not causal:
+            seen = _seen(start, stop, causal, 0, n, n, keys, mask.device)[:, 0]
+            if bool((mask[..., :keys] == seen).all()) and not bool(mask[..., keys:].any()):
+                return keys, start, stop, causal
+    return None
+
+
+def _understood(mask):
+    "As `_recognised`, which the layers of a model ask only once"
+    try:
+        version = mask._version
+    except RuntimeError:  # made in inference mode: there is no telling whether it was written to since
+        return _recognised(mask)
+    tag = getattr(mask, _TAG, None)
+    if tag is None or tag[0] != version:
+        tag = version, _recognised(mask)
+        setattr(mask, _TAG, tag)
+    return tag[1]
+
+
+def _mask(*, q_length, kv_length, allow_is_causal_skip=True, **kwargs):
+    "The mask of torch's attention; none only where that means the same to every reader"
+    from transformers.masking_utils import sdpa_mask
+
+    allow = allow_is_causal_skip and (q_length == 1 or q_length == kv_length)
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, allow_is_causal_skip=allow, **kwargs)
+
+
+def _eager(module, query, key, value, mask, why, causal, **kwargs):
+    "The attention of the model's own module, which knows what its layers ask for"
+    own = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    if own is None:
+        raise ValueError(
+            f"{why}: {type(module).__name__} asks for it, which the attention 'lmlab' does not have, and its module has no eager one"
+        )
+    n, m = query.shape[2], key.shape[2]
+    if mask is None and causal and n > 1:  # as torch reads it: the first query stands at the first key
+        mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    return own(module, query, key, value, mask, **kwargs)
+
+
+def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **kwargs):
+    "What transformers calls: `attention` where it gives the model's own result, else torch's or the model's own function"
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    asked = sorted(k for k, v in kwargs.items() if k not in HARMLESS and v is not None and v is not False)
+    if set(asked) - {"position_bias", "cache"}:
+        return _eager(
+            module, query, key, value, attention_mask, ", ".join(asked), causal, scaling=scaling, dropout=dropout, **kwargs
+        )
+    n, m, plan = query.shape[2], key.shape[2], None
+    if dropout or asked or query.device.type != "cpu" or query.dtype not in DTYPES or query.shape[0] != key.shape[0]:
+        pass
+    elif attention_mask is None:
+        if n == 1 or not causal or n == m:
+            plan = m, None, None, bool(causal) and n > 1
+    elif not torch.compiler.is_compiling() and attention_mask.shape[-2:] == (n, m):
+        plan = _understood(attention_mask)
+    if plan is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
+        )
+    keys, start, stop, causal = plan
+    if start is not None:
+        start, stop = (t.expand(query.shape[0]) for t in (start, stop))
+    out = attention(query, key[:, :, :keys], value[:, :, :keys], causal, scaling, start, stop)
+    return out.transpose(1, 2), None
+
+
+def register(
+    name: str = "lmlab",  # as in `attn_implementation="lmlab"`
+) -> str:
+    "Put `attention` among those that transformers' models can be switched to"
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # without the library torch's own attention is the best there is
+    AttentionInterface.register(name, sdpa_attention_forward if cpu.missing() else _forward)
+    AttentionMaskInterface.register(name, _mask)
+    return name
+
+
+# ---- measured
+
+
+def _race(b, h, hk, n, m, d, dtype, threads, rounds, budget):
+    "One shape: ours, torch's, the arithmetic units on as many products, and the same keys and values merely read"
+    import torch.nn.functional as F
+    from lmlab.core.bench import cold, paired
+
+    def make():
+        return tuple(torch.randn(b, heads, t, d).to(dtype) for heads, t in ((h, n), (hk, m), (hk, m)))
+
+    one = make()
+    following = cold(make) if n == 1 else lambda: one  # a token finds nothing in the cache, a prompt has just been computed
+    flops = 4 * d * b * h * sum(range(m - n + 1, m + 1))
+    lib, name, scale = cpu.library(), str(dtype).removeprefix("torch.").encode(), d**-0.5
+    fns = {
+        "kernel": lambda: on_cpu(*following(), None, None, scale, True),
+        "as an operation": lambda: attention(*following()),
+        "torch": lambda: F.scaled_dot_product_attention(*following(), is_causal=n > 1, enable_gqa=h != hk),
+    }
+    work = {"bytes": one[1].nbytes + one[2].nbytes + 2 * one[0].nbytes, "flops": flops}
+    if once := lib.lmlab_peak(name, 1, 1):
+        fns["peak"] = lambda: lib.lmlab_peak(name, max(1, flops // once // threads), threads)
+    if n == 1:
+        fns["plain read"] = lambda: [cpu.plain_read(t) for t in following()[1:]]
+    timing = paired(fns, rounds=rounds, threads=threads, budget=budget)
+    work["time over torch"] = timing.ratio("kernel", "torch")
+    if once:
+        work["fraction of peak"] = timing.ratio("peak", "kernel")
+    if n == 1:
+        work["time over plain read"] = timing.ratio("kernel", "plain read")
+    return timing, work
+
+
+def _prefill(tokens, dtype, threads, rounds, budget):
+    "A prompt through a stock Llama with heads of 128, under torch's attention and under ours"
+    from lmlab.core.bench import paired
+    from lmlab.core.nano import build
+
+    shape = dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=128, intermediate_size=1024)
+    shape |= dict(num_hidden_layers=4, max_position_embeddings=tokens)
+    ids, fns = torch.randint(3, 259, (1, tokens)), {}
+    for label, name in (("kernel", register()), ("torch", "sdpa")):
+        model = build("llama", "small", attn_implementation=name, **shape).eval().to(dtype)
+        fns[label] = lambda model=model: model(ids, logits_to_keep=1)
+    with torch.no_grad():
+        timing = paired(fns, rounds=rounds, threads=threads, budget=budget)
+    weights = sum(p.numel() for p in model.model.layers.parameters())
+    flops = 2 * weights * tokens + 4 * 4 * 128 * 8 * tokens * (tokens + 1) // 2
+    return timing, {"bytes": 0, "flops": flops, "time over torch": timing.ratio("kernel", "torch")}
+
+
+def bench(
+    quick: bool = False,  # fewer cases and rounds
+) -> dict:  # name of the case -> (`Timing`, what was moved and computed, and the ratios that count)
+    "Prompts against torch's attention and the peak of the arithmetic units, single tokens against a plain read, a stock model"
+    if cpu.missing():
+        raise RuntimeError(f"bench: attention kernels need the C++ library, but {cpu.missing()}")
+    cases = [
+        (8, 8, 2048, 2048, 128),
+        (16, 4, 2048, 2048, 128),
+        (8, 8, 512, 512, 128),
+        (16, 4, 128, 2048, 128),
+        (8, 8, 2048, 2048, 64),
+        (2, 2, 8192, 8192, 128),
+        (8, 8, 1, 2048, 128),
+        (16, 4, 1, 2048, 128),
+        (8, 2, 1, 8192, 128),
+    ]
+    out, settings = {}, (9, 0.5) if quick else (31, 1.8)
+    for threads in sorted({1, torch.get_num_threads()}):
+        ending = f"{threads} thread{'s' * (threads > 1)}"
+        for dtype in (torch.bfloat16, torch.float32):
+            kind = str(dtype).removeprefix("torch.")
+            for h, hk, n, m, d in cases[::6] if quick else cases:
+                name = f"{kind}, {n} on {m} tokens, {h} heads of {d} on {hk}, {ending}"
+                out[name] = _race(1, h, hk, n, m, d, dtype, threads, *settings)
+            if not quick:
+                out[f"{kind}, a stock Llama on 2048 tokens, {ending}"] = _prefill(2048, dtype, threads, *settings)
+    return out
