@@ -48,8 +48,7 @@ struct Kernels {  // of one instruction set and dtype
     int64_t (*tile_bytes)(const Call&);
     int64_t (*key_floats)(const Call&);
     int64_t (*value_floats)(const Call&);
-    void (*single_query)(const Call&, int64_t b, int64_t head, float* q);
-    void (*single_part)(const Call&, int64_t b, int64_t head, int64_t from, int64_t n, const float* q, float* part);
+    void (*single_part)(const Call&, int64_t b, int64_t head, int64_t from, int64_t n, float* q, float* part);
     void (*single_join)(const Call&, int64_t b, int64_t head, int64_t parts, const float* part);
     int64_t (*single_wide)(const Call&);
     int64_t (*single_size)(const Call&);
@@ -65,6 +64,8 @@ struct Path { const char* name; Kernels of[2]; };  // float, bf16
 #define TARGET_BEGIN(features) DO(GCC push_options) DO(GCC target(features))
 #define TARGET_END DO(GCC pop_options)
 #endif
+
+#define LAMBDA __attribute__((always_inline))  // GCC does not hand the target on to it otherwise
 
 namespace base {  // any machine with a compiler: four lanes in plain C++
 constexpr int L = 4, ROWS = 3, WIDE = 4, STEP = 1, KEPT = 10;
@@ -215,19 +216,22 @@ static int several(const Call& a, const Kernels& f, int threads) {  // queries
 
 static int single(const Call& a, const Kernels& f, int threads) {  // query
     const int64_t heads = a.b * a.hk, group = a.h / a.hk, parts = (a.m + BLOCK - 1) / BLOCK;
-    const int64_t query = group * f.single_wide(a), part = group * f.single_size(a);
-    float* q = (float*)scratch.get(4 * heads * (query + parts * part) + 64);
-    if (!q) return -2;
-    float* all = q + heads * query;
+    const int64_t query = lines(4 * group * f.single_wide(a)), part = group * f.single_size(a);
+    char* memory = scratch.get(threads * query + 4 * heads * parts * part + 64);
+    if (!memory) return -2;
+    float* all = (float*)(memory + threads * query);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < heads; i++) f.single_query(a, i / a.hk, i % a.hk, q + i * query);
+#ifdef _OPENMP
+        float* q = (float*)(memory + query * omp_get_thread_num());
+#else
+        float* q = (float*)memory;
+#endif
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < heads * parts; i++) {
             const int64_t head = i / parts, row = head / a.hk, at = i % parts * BLOCK;
             const int64_t from = std::max(at, a.first(row)), to = std::min(at + BLOCK, a.limit(row, 0));
-            if (from < to) f.single_part(a, row, head % a.hk, from, to - from, q + head * query, all + i * part);
+            if (from < to) f.single_part(a, row, head % a.hk, from, to - from, q, all + i * part);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < heads; i++) {

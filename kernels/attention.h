@@ -420,25 +420,29 @@ template <class T> LMLAB_INLINE Two two(const T* p, int64_t n) {
 LMLAB_INLINE int64_t place(const float*, int64_t i) { return i; }  // where `two` leaves number i
 LMLAB_INLINE int64_t place(const bf16*, int64_t i) { return i / (2 * L) * 2 * L + i % 2 * L + i % (2 * L) / 2; }
 
-template <class T> LMLAB_INLINE void ahead(const T* p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+template <class T> LMLAB_INLINE void ahead(const T* p) {  // what one `two` reads
+    for (unsigned i = 0; i < 2 * L * sizeof(T); i += 64) __builtin_prefetch((const char*)p + i);
 }
 
-template <int R, class T> static void single_scores(const T* k, int64_t stride, int64_t n, int64_t d, const float* q, int64_t wide, float* scores) {
+template <int R, class T> LMLAB_INLINE void single_scores(const T* k, int64_t stride, int64_t n, int64_t d, const float* q, int64_t wide, float* scores) {
     for (int64_t j = 0; j < n; j += L) {
         V sums[R][L];
         for (int t = 0; t < L; t++) {
             const T* p = k + (j + t < n ? j + t : n - 1) * stride;
-            ahead(p + AHEAD * stride, d * sizeof(T));
             V x[R] = {}, y[R] = {};
-            for (int64_t i = 0; i < d; i += 2 * L) {
-                Two w = two(p + i, d - i);
+            auto add = [&](Two w, int64_t i) LAMBDA {
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) {
                     x[r] = fma(w.a, vec(q + r * wide + i), x[r]);
                     y[r] = fma(w.b, vec(q + r * wide + i + L), y[r]);
                 }
+            };
+            int64_t i = 0;
+            for (; i + 2 * L <= d; i += 2 * L) {
+                ahead(p + AHEAD * stride + i);
+                add(two(p + i), i);
             }
+            if (i < d) add(two(p + i, d - i), i);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) sums[r][t] = x[r] + y[r];
         }
@@ -447,13 +451,15 @@ template <int R, class T> static void single_scores(const T* k, int64_t stride, 
     }
 }
 
-template <int R, int C, class T> LMLAB_INLINE void single_columns(const T* v, int64_t stride, int64_t n, int64_t d, const float* p, int64_t wide, float* out) {
-    V sum[R][2 * C] = {};
-    for (int64_t j = 0; j < n; j++, v += stride) {
-        ahead(v + AHEAD * stride, 2 * C * L * sizeof(T));
+// 2 L C columns, or with C = 0 the last ones, fewer than 2 L
+template <int R, int C, class T> LMLAB_INLINE void single_columns(const T* v, int64_t stride, int64_t n, int64_t d, const float* p, int64_t size, float* out) {
+    constexpr int N = C ? C : 1;
+    V sum[R][2 * N] = {};
+    for (int64_t j = 0; j < n; j++, v += stride)
 #pragma GCC unroll 4
-        for (int i = 0; i < C; i++) {
-            Two w = two(v + 2 * L * i, d - 2 * L * i);
+        for (int i = 0; i < N; i++) {
+            if (C) ahead(v + AHEAD * stride + 2 * L * i);
+            Two w = C ? two(v + 2 * L * i) : two(v, d);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 V x = all(p[r * BLOCK + j]);
@@ -461,11 +467,10 @@ template <int R, int C, class T> LMLAB_INLINE void single_columns(const T* v, in
                 sum[r][2 * i + 1] = fma(w.b, x, sum[r][2 * i + 1]);
             }
         }
-    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int i = 0; i < 2 * C; i++) put(out + r * wide + i * L, sum[r][i]);
+        for (int i = 0; i < 2 * N; i++) put(out + r * size + i * L, sum[r][i]);
 }
 
 // R query heads of one key head against up to BLOCK keys: the largest score, the sum of weights and the weighted values of each.
@@ -495,13 +500,14 @@ template <int R, class T> static void single(const T* k, int64_t ks, const T* v,
     constexpr int C = R * 8 <= KEPT ? 4 : R * 4 <= KEPT ? 2 : 1;
     int64_t e = 0;
     for (; e + 2 * L * C <= dv; e += 2 * L * C) single_columns<R, C>(v + e, vs, n, dv - e, scores, size, part + 2 + e);
-    for (; e < dv; e += 2 * L) single_columns<R, 1>(v + e, vs, n, dv - e, scores, size, part + 2 + e);
+    for (; e + 2 * L <= dv; e += 2 * L) single_columns<R, 1>(v + e, vs, n, dv - e, scores, size, part + 2 + e);
+    if (e < dv) single_columns<R, 0>(v + e, vs, n, dv - e, scores, size, part + 2 + e);
 }
 
 static int64_t single_wide(const Call& a) { return (a.d + 2 * L - 1) / (2 * L) * 2 * L; }
 static int64_t single_size(const Call& a) { return (a.dv + 2 * L - 1) / (2 * L) * 2 * L + 2; }
 
-template <class T> static void single_query(const Call& a, int64_t b, int64_t head, float* to) {  // the queries of a key head, as floats
+template <class T> LMLAB_INLINE void single_query(const Call& a, int64_t b, int64_t head, float* to) {  // the queries of a key head, as floats
     const int64_t group = a.h / a.hk, wide = single_wide(a);
     for (int64_t g = 0; g < group; g++)
         for (int64_t i = 0; i < a.d; i += 2 * L) {
@@ -511,11 +517,12 @@ template <class T> static void single_query(const Call& a, int64_t b, int64_t he
         }
 }
 
-template <class T> static void single_part(const Call& a, int64_t b, int64_t head, int64_t from, int64_t n, const float* q, float* part) {
+template <class T> static void single_part(const Call& a, int64_t b, int64_t head, int64_t from, int64_t n, float* q, float* part) {
     const int64_t group = a.h / a.hk, wide = single_wide(a), size = single_size(a);
     const T* k = (const T*)a.k + b * a.ks[0] + head * a.ks[1] + from * a.ks[2];
     const T* v = (const T*)a.v + b * a.vs[0] + head * a.vs[1] + from * a.vs[2];
     const float c = a.factor();
+    single_query<T>(a, b, head, q);
     for (int64_t g = 0; g < group;) {
         const int64_t left = group - g;
         auto f = left >= 4 ? single<4, T> : left >= 2 ? single<2, T> : single<1, T>;
@@ -548,5 +555,5 @@ template <class T> static void single_join(const Call& a, int64_t b, int64_t hea
 }
 
 template <class T> static Kernels kernels() {
-    return {tile<T>, pack<T>, tile_bytes, key_floats, value_floats, single_query<T>, single_part<T>, single_join<T>, single_wide, single_size};
+    return {tile<T>, pack<T>, tile_bytes, key_floats, value_floats, single_part<T>, single_join<T>, single_wide, single_size};
 }

@@ -10,7 +10,6 @@ since their tiles differ in size; the number of threads changes no bit. The back
 """
 
 import ctypes
-import math
 import sys
 
 import torch
@@ -93,21 +92,39 @@ def paths() -> list:  # best first; empty without the C++ library
     return [] if cpu.missing() else cpu.symbol("lmlab_attention_paths", _S)().decode().split()
 
 
+def prepared(
+    q: Tensor,  # b h n d      the last axis of each has stride 1
+    k: Tensor,  # b h_kv m d
+    v: Tensor,  # b h_kv m d_v
+    out: Tensor,  # b h n d_v  written
+    start: Tensor = None,  # b  int64, contiguous, as is `stop`
+    stop: Tensor = None,
+    scale: float = 1.0,
+    causal: bool = True,
+    path: str = None,  # one of `paths()`; default: the best
+    threads: int = None,  # default: torch's
+):  # function without arguments; not 0 when it failed
+    "The C++ call with everything looked up"
+    tensors = q, k, v, out, start, stop
+    pointers = (None if t is None else t.data_ptr() for t in tensors)
+    strides = ((_L * 3)(*t.stride()[:3]) for t in (q, k, v, out))
+    (b, h, n, d), (hk, m), dv = q.shape, k.shape[1:3], v.shape[-1]
+    call = _Call(*pointers, b, h, hk, n, m, d, dv, *strides, scale, causal, q.dtype == torch.bfloat16)
+    args = ctypes.addressof(call), threads or torch.get_num_threads(), path and path.encode()
+    run, kept = cpu.symbol("lmlab_attention", _I, _P, _I, _S), (call, tensors)
+    return lambda kept=kept: run(*args)
+
+
 def on_cpu(q, k, v, start, stop, scale, causal, path=None):
     "As `reference`, in C++; `path` is one of `paths()`, None for the best"
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     start, stop = (None if t is None else t.to(torch.int64).contiguous() for t in (start, stop))
-    (b, h, n, d), (hk, m), dv = q.shape, k.shape[1:3], v.shape[-1]
-    out = q.new_empty(b, n, h, dv).transpose(1, 2)
-    pointers = (None if t is None else t.data_ptr() for t in (q, k, v, out, start, stop))
-    strides = ((_L * 3)(*t.stride()[:3]) for t in (q, k, v, out))
-    call = _Call(*pointers, b, h, hk, n, m, d, dv, *strides, scale, causal, q.dtype == torch.bfloat16)
-    run = cpu.symbol("lmlab_attention", _I, _P, _I, _S)
-    failed = run(ctypes.addressof(call), torch.get_num_threads(), path and path.encode())
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    failed = prepared(q, k, v, out, start, stop, scale, causal, path)()
     if failed == -1:
         raise ValueError(f"path: {path!r} does not run on this machine; allowed are {', '.join(paths())}")
     if failed:
-        raise MemoryError(f"attention: no memory to pack {m} keys of {d} and values of {dv}")
+        raise MemoryError(f"attention: no memory to pack the keys and values of {tuple(k.shape)}")
     return out
 
 
@@ -191,7 +208,9 @@ def attention(
     "`softmax(scale q kᵀ) v` over the keys that a query sees; a query that sees none gives zeros"
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.ndim != 4:
-            raise ValueError(f"{name}: shape {tuple(t.shape)}; allowed are four axes: batch, heads, tokens, width")
+            raise ValueError(
+                f"{name}: shape {tuple(t.shape)}; allowed are four axes: batch, heads, tokens, width"
+            )
         if t.dtype != q.dtype or not t.is_floating_point():
             raise ValueError(f"{name}: {t.dtype}, and q {q.dtype}; all must be of one floating dtype")
         if t.device != q.device:
@@ -202,12 +221,16 @@ def attention(
             f"k: shape {tuple(k.shape)} for q of shape {tuple(q.shape)}; allowed are {b} rows, a divisor of {h} heads, {d} columns"
         )
     if tuple(v.shape[:3]) != (b, hk, m):
-        raise ValueError(f"v: shape {tuple(v.shape)} for k of shape {tuple(k.shape)}; the first three axes must agree")
+        raise ValueError(
+            f"v: shape {tuple(v.shape)} for k of shape {tuple(k.shape)}; the first three axes must agree"
+        )
     if causal and m < n:
         raise ValueError(f"k: {m} keys for {n} queries; causal attention needs a key for each query")
     _bound("start", start, q)
     _bound("stop", stop, q)
-    return _attention(q, k, v, start, stop, d**-0.5 if scale is None and d else float(scale or 0), causal, backend)
+    return _attention(
+        q, k, v, start, stop, d**-0.5 if scale is None and d else float(scale or 0), causal, backend
+    )
 
 
 # ---- in transformers
@@ -290,10 +313,25 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
     asked = sorted(k for k, v in kwargs.items() if k not in HARMLESS and v is not None and v is not False)
     if set(asked) - {"position_bias", "cache"}:
         return _eager(
-            module, query, key, value, attention_mask, ", ".join(asked), causal, scaling=scaling, dropout=dropout, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            ", ".join(asked),
+            causal,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
         )
     n, m, plan = query.shape[2], key.shape[2], None
-    if dropout or asked or query.device.type != "cpu" or query.dtype not in DTYPES or query.shape[0] != key.shape[0]:
+    if (
+        dropout
+        or asked
+        or query.device.type != "cpu"
+        or query.dtype not in DTYPES
+        or query.shape[0] != key.shape[0]
+    ):
         pass
     elif attention_mask is None:
         if n == 1 or not causal or n == m:
@@ -302,7 +340,15 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
         plan = _understood(attention_mask)
     if plan is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=causal,
+            **kwargs,
         )
     keys, start, stop, causal = plan
     if start is not None:
@@ -330,25 +376,29 @@ def register(
 def _race(b, h, hk, n, m, d, dtype, threads, rounds, budget):
     "One shape: ours, torch's, the arithmetic units on as many products, and the same keys and values merely read"
     import torch.nn.functional as F
+
     from lmlab.core.bench import cold, paired
 
     def make():
-        return tuple(torch.randn(b, heads, t, d).to(dtype) for heads, t in ((h, n), (hk, m), (hk, m)))
+        q, k, v = (torch.randn(b, heads, t, d).to(dtype) for heads, t in ((h, n), (hk, m), (hk, m)))
+        return (q, k, v), prepared(q, k, v, torch.empty_like(q), scale=d**-0.5, threads=threads)
 
     one = make()
-    following = cold(make) if n == 1 else lambda: one  # a token finds nothing in the cache, a prompt has just been computed
+    following = (
+        cold(make) if n == 1 else lambda: one
+    )  # a token finds nothing in the cache, a prompt has just been computed
     flops = 4 * d * b * h * sum(range(m - n + 1, m + 1))
-    lib, name, scale = cpu.library(), str(dtype).removeprefix("torch.").encode(), d**-0.5
+    lib, name = cpu.library(), str(dtype).removeprefix("torch.").encode()
     fns = {
-        "kernel": lambda: on_cpu(*following(), None, None, scale, True),
-        "as an operation": lambda: attention(*following()),
-        "torch": lambda: F.scaled_dot_product_attention(*following(), is_causal=n > 1, enable_gqa=h != hk),
+        "kernel": lambda: following()[1](),
+        "as an operation": lambda: attention(*following()[0]),
+        "torch": lambda: F.scaled_dot_product_attention(*following()[0], is_causal=n > 1, enable_gqa=h != hk),
     }
-    work = {"bytes": one[1].nbytes + one[2].nbytes + 2 * one[0].nbytes, "flops": flops}
+    work = {"bytes": sum(t.nbytes for t in one[0]) + one[0][0].nbytes, "flops": flops}
     if once := lib.lmlab_peak(name, 1, 1):
         fns["peak"] = lambda: lib.lmlab_peak(name, max(1, flops // once // threads), threads)
     if n == 1:
-        fns["plain read"] = lambda: [cpu.plain_read(t) for t in following()[1:]]
+        fns["plain read"] = lambda: [cpu.plain_read(t) for t in following()[0][1:]]
     timing = paired(fns, rounds=rounds, threads=threads, budget=budget)
     work["time over torch"] = timing.ratio("kernel", "torch")
     if once:
@@ -363,7 +413,9 @@ def _prefill(tokens, dtype, threads, rounds, budget):
     from lmlab.core.bench import paired
     from lmlab.core.nano import build
 
-    shape = dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=128, intermediate_size=1024)
+    shape = dict(
+        hidden_size=512, num_attention_heads=8, num_key_value_heads=4, head_dim=128, intermediate_size=1024
+    )
     shape |= dict(num_hidden_layers=4, max_position_embeddings=tokens)
     ids, fns = torch.randint(3, 259, (1, tokens)), {}
     for label, name in (("kernel", register()), ("torch", "sdpa")):
@@ -402,5 +454,7 @@ def bench(
                 name = f"{kind}, {n} on {m} tokens, {h} heads of {d} on {hk}, {ending}"
                 out[name] = _race(1, h, hk, n, m, d, dtype, threads, *settings)
             if not quick:
-                out[f"{kind}, a stock Llama on 2048 tokens, {ending}"] = _prefill(2048, dtype, threads, *settings)
+                out[f"{kind}, a stock Llama on 2048 tokens, {ending}"] = _prefill(
+                    2048, dtype, threads, *settings
+                )
     return out

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lmlab.core.check import check_attention, check_kernel, math_threads, poisoned_memory, rel_error
 from lmlab.kernels import Fallback, cpu
 from lmlab.kernels import attention as A
 from torch.library import opcheck
 
+from lmlab.core.check import check_attention, check_kernel, math_threads, poisoned_memory, rel_error
+
 PATHS = A.paths()
 needs_library = pytest.mark.skipif(not PATHS, reason="the C++ library is not there")
-TOL = {torch.float32: 2e-6, torch.bfloat16: 8e-3}  # the last is two roundings to 8 bits: of the weights, of the output
+TOL = {
+    torch.float32: 2e-6,
+    torch.bfloat16: 8e-3,
+}  # the last is two roundings to 8 bits: of the weights, of the output
 
 # rows of the batch, heads, key heads, queries, keys, width, width of the values
 EDGES = [  # a group is 3, 6 or 12 queries, a tile 96, a panel 16 or 32 keys, a block 128
@@ -96,7 +100,12 @@ def test_reference_is_the_definition(monkeypatch):
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path(path, dtype):
     "Causal or not, padded or not, wide and narrow; every number of the output is written"
-    shapes = GROUPS[::3] + [(1, 1, 1, 130, 200, 64, 96), (2, 4, 1, 40, 300, 128, 128), (1, 3, 1, 1, 700, 96, 256), (1, 2, 2, 3, 9, 256, 32)]
+    shapes = GROUPS[::3] + [
+        (1, 1, 1, 130, 200, 64, 96),
+        (2, 4, 1, 40, 300, 128, 128),
+        (1, 3, 1, 1, 700, 96, 256),
+        (1, 2, 2, 3, 9, 256, 32),
+    ]
     for shape in shapes:
         x, (b, m) = draw(shape, dtype), (shape[0], shape[4])
         start, stop = torch.arange(b) * 5 % m, m - torch.arange(b) * 3 % m
@@ -106,14 +115,24 @@ def test_every_path(path, dtype):
                     want = A.reference(*(t.double() for t in x), *bounds, scale, causal)
                     with poisoned_memory():
                         got = A.on_cpu(*x, *bounds, scale, causal, path)
-                    assert got.dtype == dtype and rel_error(got, want) < TOL[dtype], (shape, causal, bounds, scale)
+                    assert got.dtype == dtype and rel_error(got, want) < TOL[dtype], (
+                        shape,
+                        causal,
+                        bounds,
+                        scale,
+                    )
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", A.DTYPES)
 def test_threads_change_no_bit(dtype):
     "Also where there are more heads than are packed at a time"
-    for shape in [(1, 4, 2, 250, 333, 64, 64), (2, 8, 2, 1, 1000, 32, 32), (1, 6, 3, 9, 500, 40, 24), (40, 2, 1, 130, 900, 128, 128)]:
+    for shape in [
+        (1, 4, 2, 250, 333, 64, 64),
+        (2, 8, 2, 1, 1000, 32, 32),
+        (1, 6, 3, 9, 500, 40, 24),
+        (40, 2, 1, 130, 900, 128, 128),
+    ]:
         x = draw(shape, dtype)
         with math_threads(1):
             want = A.attention(*x)
@@ -169,7 +188,11 @@ def test_a_query_that_sees_nothing_gives_zeros():
         out = A.attention(*y, start=start, stop=stop, backend=backend)
         assert (out[0, :, :4] == 0).all() and (out[1] == 0).all() and (out[0, :, 4:] != 0).all()
         grads = torch.autograd.grad(out.square().sum(), y)
-        assert all(g.isfinite().all() for g in grads) and (grads[0][1] == 0).all() and (grads[0][0, :, 5:] != 0).any()
+        assert (
+            all(g.isfinite().all() for g in grads)
+            and (grads[0][1] == 0).all()
+            and (grads[0][0, :, 5:] != 0).any()
+        )
     single = A.attention(x[0][:, :, :1], x[1], x[2], start=start, stop=stop)
     assert (single[1] == 0).all() and (single[0] != 0).all()
 
@@ -191,7 +214,13 @@ def test_layouts():
     for x in ((q, k, v), (q, cache[:, :, :40], v), (q, k, v[..., ::2]), (q[:, :, 30:], k, v)):
         got = A.attention(*x)
         assert rel_error(got, by_hand(*x, 24**-0.5)) < 1e-6 and got.transpose(1, 2).is_contiguous()
-    assert rel_error(A.attention(q, k[:, :1].expand(-1, 4, -1, -1), v), by_hand(q, k[:, :1].expand(-1, 4, -1, -1), v, 24**-0.5)) < 1e-6
+    assert (
+        rel_error(
+            A.attention(q, k[:, :1].expand(-1, 4, -1, -1), v),
+            by_hand(q, k[:, :1].expand(-1, 4, -1, -1), v, 24**-0.5),
+        )
+        < 1e-6
+    )
     assert want.shape == q.shape
 
 
@@ -224,7 +253,10 @@ def test_bad_input_is_refused():
         ("k: torch.bfloat16, and q torch.float32", lambda: A.attention(q, k.bfloat16(), v)),
         ("q: torch.int64", lambda: A.attention(q.long(), k.long(), v.long())),
         ("v: on meta, and q on cpu", lambda: A.attention(q, k, v.to("meta"))),
-        (r"k: shape \(2, 3, 9, 6\) for q .*a divisor of 4 heads", lambda: A.attention(q, torch.randn(2, 3, 9, 6), v)),
+        (
+            r"k: shape \(2, 3, 9, 6\) for q .*a divisor of 4 heads",
+            lambda: A.attention(q, torch.randn(2, 3, 9, 6), v),
+        ),
         (r"k: shape \(2, 2, 9, 5\)", lambda: A.attention(q, k[..., 1:], v)),
         (r"k: shape \(1, 2, 9, 6\)", lambda: A.attention(q, k[:1], v)),
         (r"v: shape \(2, 2, 8, 3\) for k", lambda: A.attention(q, k, v[:, :, 1:])),
@@ -238,7 +270,9 @@ def test_bad_input_is_refused():
             call()
     assert A.attention(q, k[:, :, :4], v[:, :, :4], causal=False).shape == (2, 4, 5, 3)
     if PATHS:
-        with pytest.raises(ValueError, match=f"path: 'sse' does not run on this machine; allowed are {PATHS[0]}"):
+        with pytest.raises(
+            ValueError, match=f"path: 'sse' does not run on this machine; allowed are {PATHS[0]}"
+        ):
             A.on_cpu(q, k, v, None, None, 1.0, True, "sse")
 
 
@@ -274,7 +308,9 @@ def kernel_calls(monkeypatch):
 def test_as_an_attention_of_transformers():
     A.register()
     check_attention("lmlab", masks="bool")
-    check_attention("lmlab", masks="additive", only=("attention_equals_its_definition", "attention_rows_are_independent"))
+    check_attention(
+        "lmlab", masks="additive", only=("attention_equals_its_definition", "attention_rows_are_independent")
+    )
 
 
 def models(kind, **overrides):
@@ -300,14 +336,27 @@ def test_a_stock_llama_does_not_notice(kernel_calls, side):
         assert rel_error(got[mask.bool()], want[mask.bool()]) < 2e-6 and len(kernel_calls) == 2
         past = None
         for i, j in ((0, 17), (17, 39), (39, 40)):
-            out = ours(ids[:, i:j], attention_mask=mask[:, :j], position_ids=pos[:, i:j], past_key_values=past, use_cache=True)
+            out = ours(
+                ids[:, i:j],
+                attention_mask=mask[:, :j],
+                position_ids=pos[:, i:j],
+                past_key_values=past,
+                use_cache=True,
+            )
             past, seen = out.past_key_values, mask[:, i:j].bool()
             assert rel_error(out.logits[seen], want[:, i:j][seen]) < 2e-6
         assert len(kernel_calls) == 8
         if side != "right":
             for cache in (None, "static"):
                 a, b = (
-                    m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, cache_implementation=cache, disable_compile=True)
+                    m.generate(
+                        ids,
+                        attention_mask=mask,
+                        max_new_tokens=6,
+                        do_sample=False,
+                        cache_implementation=cache,
+                        disable_compile=True,
+                    )
                     for m in (theirs, ours)
                 )
                 assert torch.equal(a, b)
@@ -329,9 +378,17 @@ def test_bfloat16_model(kernel_calls):
 def test_what_others_do_better_is_left_to_them(kernel_calls):
     "Windows, caps, sinks, dropout, odd masks, other dtypes: the model's own result, and the kernel stays out of it"
     import transformers as T
+
     from lmlab.core.nano import build
 
-    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    shape = dict(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=8,
+    )
     shape |= dict(num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=2)
     ids = torch.randint(3, 61, (2, 23))
     odd = torch.ones(2, 23, dtype=torch.long)
@@ -339,7 +396,17 @@ def test_what_others_do_better_is_left_to_them(kernel_calls):
     for config, peer, kw in (
         (T.MistralConfig(sliding_window=5, **shape), "sdpa", {}),
         (T.Gemma2Config(attn_logit_softcapping=0.5, sliding_window=100, **shape), "eager", {}),
-        (T.GptOssConfig(sliding_window=100, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2, **shape), "eager", {}),
+        (
+            T.GptOssConfig(
+                sliding_window=100,
+                num_local_experts=2,
+                num_experts_per_tok=1,
+                layer_types=["full_attention"] * 2,
+                **shape,
+            ),
+            "eager",
+            {},
+        ),
         (T.LlamaConfig(**shape), "sdpa", dict(attention_mask=odd)),
         (T.LlamaConfig(dtype=torch.float64, **shape), "sdpa", {}),
         (T.LlamaConfig(dtype=torch.float16, **shape), "sdpa", {}),
@@ -382,7 +449,12 @@ def test_masks_are_recognised_or_not():
     causal = torch.ones(n, m, dtype=torch.bool).tril(m - n)[None, None]
     keep = torch.arange(m) >= torch.tensor([0, 2, 9])[:, None]
     found = A._recognised(causal & keep[:, None, None])
-    assert found[0] == m and found[1].tolist()[:2] == [0, 2] and found[2].tolist() == [9, 9, found[1][2]] and found[3]
+    assert (
+        found[0] == m
+        and found[1].tolist()[:2] == [0, 2]
+        and found[2].tolist() == [9, 9, found[1][2]]
+        and found[3]
+    )
     early = torch.zeros(1, 1, n, m, dtype=torch.bool)  # a cache with room for more
     early[..., :n] = torch.ones(n, n, dtype=torch.bool).tril()
     assert A._recognised(early)[0] == n
@@ -509,15 +581,23 @@ def compiled(tmp_path, flags, compiler=None):
     source.write_text("#include <algorithm>\n" + DRIVER)
     files = [str(f) for f in (kernels / "machine.cpp", kernels / "attention.cpp", source)]
     plain = ["-std=c++17", "-ffp-contract=off", "-Wno-psabi", "-w", f"-I{kernels}"]
-    made = subprocess.run([*compiler.split(), *flags, *plain, *files, "-o", str(program)], capture_output=True, text=True)
+    made = subprocess.run(
+        [*compiler.split(), *flags, *plain, *files, "-o", str(program)], capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stderr
     return program
 
 
 def test_under_sanitizers(tmp_path):
     "No byte outside its memory is touched and nothing undefined happens, on any path, down to one key of one number"
-    program = compiled(tmp_path, ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
-    env = os.environ | {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "2"}
+    program = compiled(
+        tmp_path, ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    )
+    env = os.environ | {
+        "ASAN_OPTIONS": "detect_leaks=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+    }
     ran = subprocess.run([program], capture_output=True, text=True, env=env, timeout=120)
     assert ran.returncode == 0 and ran.stdout.endswith("wrong 0\n"), ran.stdout + ran.stderr
 
@@ -528,4 +608,6 @@ def test_arm(tmp_path):
     if not (emulator := shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")):
         return
     ran = subprocess.run([emulator, program], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0 and "neon" in ran.stdout and ran.stdout.endswith("wrong 0\n"), ran.stdout + ran.stderr
+    assert ran.returncode == 0 and "neon" in ran.stdout and ran.stdout.endswith("wrong 0\n"), (
+        ran.stdout + ran.stderr
+    )
