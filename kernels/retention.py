@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from lmlab.kernels import Operation, cpu, decay
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -47,9 +48,10 @@ def reference(q, k, v, log_gamma, state, chunk):
     "Output and last state, chunk by chunk, in float32 or wider"
     wide, outs = _wide(q), []
     state = state.to(wide)
-    for q_, k_, v_, lg in _chunks(chunk, *(x.to(wide) for x in (q, k * k.shape[-1] ** -0.5, v, log_gamma))):
+    q_, k_, v_, lg = (x.to(wide) for x in (q, k, v, log_gamma))
+    for q_, k_, v_, lg in _chunks(chunk, q_, k_ * k.shape[-1] ** -0.5, v_, lg):
         g, start, _ = _fades(lg)
-        bad = v_ * 0  # NaN where a value is not finite: kept out of the product, where 0 * NaN would reach earlier tokens
+        bad = v_ * 0  # NaN where a value is not finite: in the product 0 * NaN would reach earlier tokens
         inside = decay.reference(q_ @ k_.mT, g) @ v_.masked_fill(bad != 0, 0) + bad.cumsum(-2)
         outs.append(inside + (q_ * start) @ state)
         state = _next(state, k_, v_, lg)
@@ -59,7 +61,8 @@ def reference(q, k, v, log_gamma, state, chunk):
 def reference_backward(grad, grad_state, q, k, v, log_gamma, state, chunk):
     "Gradients of `reference` for its five tensors; retention.cpp derives that of `log_gamma`"
     wide, scale, made = _wide(q), k.shape[-1] ** -0.5, []
-    xs = _chunks(chunk, *(x.to(wide) for x in (grad, q, k * scale, v, log_gamma)))
+    do, q_, k_, v_, lg = (x.to(wide) for x in (grad, q, k, v, log_gamma))
+    xs = _chunks(chunk, do, q_, k_ * scale, v_, lg)
     states = [state.to(wide)]
     for _, _, k_, v_, lg in xs[:-1]:
         states.append(_next(states[-1], k_, v_, lg))
@@ -71,7 +74,8 @@ def reference_backward(grad, grad_state, q, k, v, log_gamma, state, chunk):
         ds = ds.tril(-1)
         dq, dk, cross = ds @ k_ + start * (do @ R.mT), ds.mT @ q_, end * (v_ @ G.mT)
         within = (q_ * dq - k_ * dk).sum(-1).flip(-1).cumsum(-1).flip(-1)
-        before = F.pad((k_ * cross).sum(-1), (1, -1)).cumsum(-1) + (start[..., -1:, :] * G * R).sum((-2, -1))[..., None]
+        across = (start[..., -1:, :] * G * R).sum((-2, -1))[..., None]
+        before = F.pad((k_ * cross).sum(-1), (1, -1)).cumsum(-1) + across
         dv = s.mT @ do + end * (k_ @ G)
         made.append((dq + own * k_, (dk + cross + own * q_) * scale, dv, within + before))
         G = start[..., -1:, :] * G + (q_ * start).mT @ do
@@ -116,7 +120,9 @@ def _run(backward, chunk, q, k, v, plain, tokens):
     call.chunk = min(max(chunk, 16), max(32, min(d, 128)), t)
     call.scale, call.half, call.threads = d**-0.5, q.dtype == torch.bfloat16, torch.get_num_threads()
     if cpu.symbol("lmlab_retention", ctypes.c_int, _P, ctypes.c_int)(ctypes.byref(call), backward):
-        raise MemoryError(f"gated_retention: no memory for chunks of {call.chunk} tokens of {d} by {v.shape[-1]}")
+        raise MemoryError(
+            f"gated_retention: no memory for chunks of {call.chunk} tokens of {d} by {v.shape[-1]}"
+        )
 
 
 def on_cpu(q, k, v, log_gamma, state, chunk):
@@ -131,7 +137,9 @@ def on_cpu_backward(grad, grad_state, q, k, v, log_gamma, state, chunk):
     "As `reference_backward`, in C++"
     made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, log_gamma, state)]
     plain = dict(zip(("dq", "dk", "dv", "dlog_gamma", "dstate"), made, strict=True))
-    plain |= dict(log_gamma=log_gamma.contiguous(), state=state.contiguous(), dstate_out=grad_state.contiguous())
+    plain |= dict(
+        log_gamma=log_gamma.contiguous(), state=state.contiguous(), dstate_out=grad_state.contiguous()
+    )
     _run(True, chunk, q, k, v, plain, dict(dout=grad))
     return tuple(made)
 
@@ -160,7 +168,9 @@ BACKWARD = Operation(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, log_gamma: Tensor, state: Tensor, chunk: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if not q.numel() or not v.numel():  # no token, or a width of 0: nothing is written, and what is there fades
+    if (
+        not q.numel() or not v.numel()
+    ):  # no token, or a width of 0: nothing is written, and what is there fades
         return v.new_zeros(v.shape), log_gamma.sum(-1).exp()[..., None, None] * state
     return FORWARD.pick(backend, q.device.type, q.dtype)[1](q, k, v, log_gamma, state, chunk)
 
@@ -207,6 +217,18 @@ def _gradients(ctx, grad, grad_state):
 _forward.register_autograd(_gradients, setup_context=_setup)
 
 
+@register_flop_formula(torch.ops.lmlab.gated_retention)
+def _(q, k, v, log_gamma, state, chunk, backend, **_):
+    (b, h, t, d), e = q, v[-1]
+    return 2 * b * h * t * (min(chunk, t) * (d + e) + 2 * d * e)
+
+
+@register_flop_formula(torch.ops.lmlab.gated_retention_backward)
+def _(grad, grad_state, q, k, v, log_gamma, state, chunk, backend, **_):
+    (b, h, t, d), e = q, v[-1]
+    return 2 * b * h * t * (min(chunk, t) * (3 * d + 2 * e) + 5 * d * e)
+
+
 def gated_retention(
     q: Tensor,  # b h t d
     k: Tensor,  # b h t d
@@ -215,7 +237,9 @@ def gated_retention(
     state: Tensor | None = None,  # b h d e  what came before; None starts empty
     chunk: int = 64,  # tokens per chunk: changes the speed, not the result
     backend: str = "auto",  # see `lmlab.kernels`
-) -> tuple[Tensor, Tensor]:  # output `b h t e` in the dtype of `q`; state after the last token, float32 or wider
+) -> tuple[
+    Tensor, Tensor
+]:  # output `b h t e` in the dtype of `q`; state after the last token, float32 or wider
     "Gated retention in linear time"
     if q.ndim != 4:
         raise ValueError(f"q: shape {tuple(q.shape)}; allowed are four axes, batch, heads, tokens, width")
@@ -226,13 +250,17 @@ def gated_retention(
         wants["state"] = state, (b, h, d, e)
     for name, (x, shape) in wants.items():
         if tuple(x.shape) != shape:
-            raise ValueError(f"{name}: shape {tuple(x.shape)}; {shape} belongs to q of shape {tuple(q.shape)}")
+            raise ValueError(
+                f"{name}: shape {tuple(x.shape)}; {shape} belongs to q of shape {tuple(q.shape)}"
+            )
         if x.device != q.device:
             raise ValueError(f"{name}: on {x.device}, and q on {q.device}; all must be on one device")
         if not x.is_floating_point():
             raise ValueError(f"{name}: dtype {x.dtype}; it must be floating point")
     if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype}; one floating-point dtype is allowed")
+        raise ValueError(
+            f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype}; one floating-point dtype is allowed"
+        )
     if chunk < 1:
         raise ValueError(f"chunk: {chunk}; at least 1 is allowed")
     wide = _wide(q)
@@ -247,7 +275,8 @@ def in_torch(q, k, v, log_gamma, chunk=64):
     g = F.pad(log_gamma, (0, short)).unflatten(2, (-1, chunk)).cumsum(-1)
     o = decay.decay_scores(q @ k.mT, g) @ v
     states = (k.mT @ (v * (g[..., -1:] - g).exp()[..., None].to(v.dtype))).float()  # what each chunk writes
-    fades = (g[..., -1].cumsum(-1)[..., :, None] - g[..., -1].cumsum(-1)[..., None, :]).clamp(max=0).exp().tril()
+    ends = g[..., -1].cumsum(-1)
+    fades = (ends[..., :, None] - ends[..., None, :]).clamp(max=0).exp().tril()
     states = F.pad((fades @ states.flatten(-2)).view_as(states)[:, :, :-1], (0, 0, 0, 0, 1, 0))
     o = o + (q * g.exp()[..., None].to(q.dtype)) @ states.to(q.dtype)
     return o.flatten(2, 3)[:, :, : shape[2]]
@@ -273,7 +302,9 @@ def _one_case(b, h, t, d, dtype, backward, threads, quick):
     "Race one shape; (`Timing`, what one run must move and compute, and the share of torch's time that is no matrix product)"
     from lmlab.core.bench import paired
 
-    heads = lambda: torch.randn(b, t, h, d).to(dtype).transpose(1, 2).requires_grad_()  # as a layer hands them over
+    heads = lambda: (
+        torch.randn(b, t, h, d).to(dtype).transpose(1, 2).requires_grad_()
+    )  # as a layer hands them over
     q, k, v, grad = heads(), heads(), heads(), heads().detach()
     log_gamma = (F.logsigmoid(torch.randn(b, h, t)) / 16).requires_grad_()
     attention = lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -288,8 +319,7 @@ def _one_case(b, h, t, d, dtype, backward, threads, quick):
     fns = {name: lambda f=f: run(f) for name, f in forms.items()}
     fns["torch, products only"] = _products(b, h, t, d, dtype, backward)
     timing = paired(fns, rounds=5 if quick else 21, threads=threads, budget=1 if quick else 3)
-    share = timing.ratio("torch, products only", "torch")
-    tokens, (middle, low, high) = b * h * t, share
+    tokens, (middle, low, high) = b * h * t, timing.ratio("torch, products only", "torch")
     work = {
         "bytes": (12 if backward else 4) * tokens * d * dtype.itemsize,
         "flops": tokens * d * (7 * 64 + 14 * d if backward else 2 * 64 + 4 * d),
@@ -299,10 +329,18 @@ def _one_case(b, h, t, d, dtype, backward, threads, quick):
 
 def bench(
     quick: bool = False,  # two shapes and fewer rounds
-) -> dict:  # name of the case -> (`Timing`, what was moved and computed, and the elementwise share of torch's time)
+) -> (
+    dict
+):  # name of the case -> (`Timing`, what was moved and computed, and the elementwise share of torch's time)
     "Prompts of the YOCO chapter's model and its training batch; against torch in chunks, and for scale softmax attention of equal width"
     f, h = torch.float32, torch.bfloat16
-    cases = [(1, 8, 512, 64, f), (1, 8, 2048, 64, f), (1, 8, 2048, 64, h), (1, 8, 8192, 64, h), (8, 2, 256, 32, f)]
+    cases = [
+        (1, 8, 512, 64, f),
+        (1, 8, 2048, 64, f),
+        (1, 8, 2048, 64, h),
+        (1, 8, 8192, 64, h),
+        (8, 2, 256, 32, f),
+    ]
     out = {}
     for threads in sorted({1, torch.get_num_threads()}):
         for b, heads, t, d, dtype in cases[::4] if quick else cases:

@@ -174,7 +174,9 @@ def _gradients(
         both += tl.sum(R.to(tl.float32) * G.to(tl.float32), 1)
     g, all, there = _fades(log_gamma + which.to(tl.int64) * t, at, t, C)
     i = tl.arange(0, C)
-    own = tl.sum(tl.where(i[:, None] == i[None, :], ds, 0.0), 1) * scale  # no decay touches a token's own score
+    own = (
+        tl.sum(tl.where(i[:, None] == i[None, :], ds, 0.0), 1) * scale
+    )  # no decay touches a token's own score
     decay, below = _decay(g, C)
     q_ = _rows(_head(q, which, heads, q_b, q_h), at, t, q_t, d, row, C, D)
     k_ = _rows(_head(k, which, heads, k_b, k_h), at, t, k_t, d, row, C, D)
@@ -279,9 +281,20 @@ def backward(grad, grad_state, q, k, v, log_gamma, state, chunk):
     )
     dlg = log_gamma.new_empty(parts, *log_gamma.shape)
     _gradients[grid[0], parts, grid[2]](
-        q, k, v, grad, log_gamma, states, gradients, dq, dk, dlg, scale, *sizes, *_strides(q, k, v, grad), **how
+        q,
+        k,
+        v,
+        grad,
+        log_gamma,
+        states,
+        gradients,
+        dq,
+        dk,
+        dlg,
+        scale,
+        *sizes,
+        *_strides(q, k, v, grad),
+        **how,
     )
-    _value_gradients[grid](
-        q, k, grad, log_gamma, gradients, dv, scale, *sizes, *_strides(q, k, grad), **how
-    )
+    _value_gradients[grid](q, k, grad, log_gamma, gradients, dv, scale, *sizes, *_strides(q, k, grad), **how)
     return dq, dk, dv, dlg.sum(0), first

@@ -9,9 +9,9 @@ from pathlib import Path
 import lmlab.kernels as kernels
 import pytest
 import torch
-import torch.nn.functional as F
 from lmlab.kernels import cpu, gated_retention
 from lmlab.kernels import retention as R
+from torch.utils.flop_counter import FlopCounterMode
 
 from lmlab.core.check import check_kernel, test_rel
 
@@ -52,7 +52,14 @@ def seeded(seed=0):
 WIDTHS = [(1, 1), (4, 4), (5, 3), (8, 16), (15, 17), (16, 15), (17, 33), (31, 1), (1, 32), (33, 48)]
 LENGTHS = (0, 1, 2, 15, 16, 17, 33)
 SHAPES = [(1, 1 + i % 2, t, *w) for i, w in enumerate(WIDTHS) for t in LENGTHS]
-SHAPES += [(0, 2, 5, 3, 4), (2, 0, 5, 3, 4), (2, 3, 4, 0, 3), (2, 3, 4, 3, 0), (3, 1, 50, 20, 7), (1, 1, 65, 64, 64)]
+SHAPES += [
+    (0, 2, 5, 3, 4),
+    (2, 0, 5, 3, 4),
+    (2, 3, 4, 0, 3),
+    (2, 3, 4, 3, 0),
+    (3, 1, 50, 20, 7),
+    (1, 1, 65, 64, 64),
+]
 QUICK = {
     "the_custom_op_is_well_formed": "looked at on fewer shapes",
     "kernel_compiles": "looked at on fewer shapes",
@@ -79,7 +86,15 @@ def test_equals_the_recurrence(how):
     if how != "triton":
         check_kernel(op, loop, case, small, only=("kernel_compiles", "gradients_survive_gradcheck"), **about)
     whole = lambda *x: (*case(*x), 16, how)
-    check_kernel(R._forward, R.reference, whole, small[:1], only=("the_custom_op_is_well_formed",), custom_op=OP, **about)
+    check_kernel(
+        R._forward,
+        R.reference,
+        whole,
+        small[:1],
+        only=("the_custom_op_is_well_formed",),
+        custom_op=OP,
+        **about,
+    )
 
 
 @pytest.mark.parametrize("how", FORMS)
@@ -277,6 +292,17 @@ def test_can_be_raced(backward):
     assert work["share of elementwise time"][0] < 1
 
 
+def test_operations_are_counted():
+    "By torch's counter: scores and values over whole chunks, reading and writing the state; with the backward"
+    q, k, v, log_gamma, _ = (x.requires_grad_() for x in case((2, 3, 128, 8, 5), torch.float32, seeded()))
+    with FlopCounterMode(display=False) as forward:
+        o, _ = gated_retention(q, k, v, log_gamma)
+    assert forward.get_total_flops() == 2 * 2 * 3 * 128 * (64 * (8 + 5) + 2 * 8 * 5)
+    with FlopCounterMode(display=False) as backward:
+        o.sum().backward()
+    assert backward.get_total_flops() == 2 * 2 * 3 * 128 * (64 * (3 * 8 + 2 * 5) + 5 * 8 * 5)
+
+
 DRIVER = r"""
 #include <cmath>
 #include <cstdint>
@@ -374,11 +400,15 @@ def compiled(tmp_path, flags, compiler=None):
     source, program, probe = tmp_path / "driver.cpp", tmp_path / "driver", tmp_path / "probe.cpp"
     source.write_text(DRIVER)
     probe.write_text("int main() { return 0; }")
-    if subprocess.run([*compiler.split(), *flags, probe, "-o", tmp_path / "probe"], capture_output=True).returncode:
+    if subprocess.run(
+        [*compiler.split(), *flags, probe, "-o", tmp_path / "probe"], capture_output=True
+    ).returncode:
         pytest.skip(f"{compiler} does not know {' '.join(flags)}")
     files = [folder / "machine.cpp", folder / "retention.cpp", source]
     plain = ["-std=c++17", "-ffp-contract=off", "-Wno-psabi", f"-I{folder}"]
-    made = subprocess.run([*compiler.split(), *flags, *plain, *files, "-o", program], capture_output=True, text=True)
+    made = subprocess.run(
+        [*compiler.split(), *flags, *plain, *files, "-o", program], capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stderr
     return program
 
