@@ -15,6 +15,7 @@ import sys
 import torch
 from lmlab.kernels import Operation, cpu
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 DTYPES = (torch.float32, torch.bfloat16)
 LARGEST = 2**24  # numbers in a block of scores that torch works on at a time
@@ -181,6 +182,13 @@ def _gradients(ctx, grad):
 
 
 _attention.register_autograd(_gradients, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.lmlab.attention)
+def _(q, k, v, start, stop, scale, causal, backend, **_):
+    "As torch counts its own attention: what the mask hides is counted too"
+    b, h, n, d = q
+    return 2 * b * h * n * k[2] * (d + v[-1])
 
 
 def _bound(name, bound, q):

@@ -33,6 +33,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from ..kernels.retention import gated_retention as retention_kernel
 from torch import Tensor, nn
 
 from lmlab.core.compat import (
@@ -334,7 +335,7 @@ class GatedRetention(nn.Module):
             o, state = retention_step(state, q[:, :, 0], k[:, :, 0], v[:, :, 0], log_gamma[:, :, 0])
             o = o[:, :, None]
         else:
-            o, state = gated_retention(q, k, v, log_gamma, state, self.config.chunk_size)
+            o, state = retention_kernel(q, k, v, log_gamma, state, self.config.chunk_size)
         if past is not None:
             past.update(state, tokens=x.shape[1])
         o = F.rms_norm(o, (self.head_dim,), eps=self.config.rms_norm_eps).transpose(1, 2).flatten(2)
