@@ -20,7 +20,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
-FAMILIES = ("decay", "read", "retention", "ternary")  # each is a module here with its operations and a `bench()`
+# each is a module here with its operations and a `bench()`
+FAMILIES = ("decay", "read", "retention", "ternary")
 _PUBLIC = {"decay_scores": "decay", "gated_retention": "retention", "read_bytes": "read"}
 
 _choice = ContextVar("lmlab_backend", default=None)
