@@ -48,8 +48,9 @@ def reference(q, k, v, log_gamma, state, chunk):
     "Output and last state, chunk by chunk, in float32 or wider"
     wide, outs = _wide(q), []
     state = state.to(wide)
-    q_, k_, v_, lg = (x.to(wide) for x in (q, k, v, log_gamma))
-    for q_, k_, v_, lg in _chunks(chunk, q_, k_ * k.shape[-1] ** -0.5, v_, lg):
+    xs = (x.to(wide) for x in (q, k, v, log_gamma))
+    for q_, k_, v_, lg in _chunks(chunk, *xs):
+        k_ = k_ * k.shape[-1] ** -0.5
         g, start, _ = _fades(lg)
         bad = v_ * 0  # NaN where a value is not finite: in the product 0 * NaN would reach earlier tokens
         inside = decay.reference(q_ @ k_.mT, g) @ v_.masked_fill(bad != 0, 0) + bad.cumsum(-2)
