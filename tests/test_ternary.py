@@ -138,9 +138,11 @@ def float_layer(x, codes, scale, bias, rows, inputs, format, backend):
 
 
 def test_kernel_contract_of_unrounded_activations():
-    own = {"gradients_survive_gradcheck": "what passes straight through is no derivative"}
-    options = dict(terms=lambda s: s[1], custom_op=T._floats, label="ternary linear, bf16 activations")
-    check_kernel(T._floats, float_layer, given, [*GRID[:4], GRID[-6]], skip=own, **options)
+    same = "registered by the line that registers the rounded one"
+    reasons = dict.fromkeys(("the_custom_op_is_well_formed", "kernel_compiles"), same)
+    reasons["gradients_survive_gradcheck"] = "rounding to bfloat16 is no derivative"
+    options = dict(terms=lambda s: s[1], label="ternary linear, bf16 activations")
+    check_kernel(T._floats, float_layer, given, [*GRID[:4], GRID[-6]], skip=reasons, **options)
     p, x = T.pack(weights(37, 50), 0.5), torch.randn(3, 50)
     assert torch.equal(T.linear(x, p, activations="bf16"), 0.5 * x.bfloat16().float() @ p.unpack().float().mT)
     assert not torch.equal(T.linear(x, p, activations="bf16"), T.linear(x, p))
