@@ -14,7 +14,9 @@ from lmlab.kernels import Fallback, absent, cpu
 from lmlab.kernels import ternary as T
 from safetensors.torch import load_file, save_file
 
-from lmlab.core.check import check_kernel
+from lmlab.core.check import check_kernel, test_rel, tolerance
+
+test_rel.__test__ = False
 
 PATHS = T.paths()
 FORMATS = list(T.FORMATS)
@@ -126,6 +128,24 @@ def test_kernel_contract():
     report = check_kernel(T._linear, layer, given, GRID, skip=reasons, **options)
     assert len(GRID) >= 60 and len(report.of("passed")) > 1000
     check_kernel(T._linear, layer, given, GRID[:2], only=(slow,), **options)
+
+
+def float_layer(x, codes, scale, bias, rows, inputs, format, backend):
+    "The layer in float64 with activations in bfloat16"
+    x = x + (x.detach().bfloat16().double() - x).detach()
+    y = x @ (T._unpack(codes, rows, inputs, format) * scale.detach()[:, None]).mT
+    return y if bias is None else y + bias
+
+
+def test_kernel_contract_of_unrounded_activations():
+    same = "registered by the line that registers the rounded one"
+    reasons = dict.fromkeys(("the_custom_op_is_well_formed", "kernel_compiles"), same)
+    reasons["gradients_survive_gradcheck"] = "rounding to bfloat16 is no derivative"
+    options = dict(terms=lambda s: s[1], label="ternary linear, bf16 activations")
+    check_kernel(T._floats, float_layer, given, [*GRID[:4], GRID[-6]], skip=reasons, **options)
+    p, x = T.pack(weights(37, 50), 0.5), torch.randn(3, 50)
+    assert torch.equal(T.linear(x, p, activations="bf16"), 0.5 * x.bfloat16().float() @ p.unpack().float().mT)
+    assert not torch.equal(T.linear(x, p, activations="bf16"), T.linear(x, p))
 
 
 @needs_library
@@ -323,6 +343,7 @@ def test_bad_input_is_refused():
         ("bias: torch.int64", lambda: T.linear(x, p, torch.ones(8, dtype=torch.long))),
         ("packed: Tensor", lambda: T.linear(x, w)),
         ("backend: 'gpu' is no backend", lambda: T.linear(x, p, backend="gpu")),
+        ("activations: 'fp8'; allowed are 'int8', 'bf16'", lambda: T.linear(x, p, activations="fp8")),
     ):
         with pytest.raises((ValueError, TypeError), match=match):
             call()
@@ -399,6 +420,19 @@ def test_triton_at_the_ends_of_the_range():
 
 
 @needs_triton
+def test_triton_on_unrounded_activations():
+    shapes = [(1, 1, 1), (33, 17, 3), (40, 3000, 2), (130, 40, 20), (5, 0, 2), (0, 5, 2), (5, 9, 0)]
+    for i, ((rows, inputs, tokens), dtype) in enumerate(itertools.product(shapes, T.DTYPES)):
+        scale, bias = torch.rand(rows if i % 3 else 1), torch.randn(rows) if i % 4 else None
+        p, x = T.pack(weights(rows, inputs), scale, FORMATS[i % 2]), torch.randn(tokens, inputs).to(dtype)
+        got = T.linear(x, p, bias, backend="triton", activations="bf16")
+        want = T.reference_floats(x.double(), p.codes, scale.double(), bias, rows, inputs, p.format)
+        test_rel(got, want.to(dtype), tolerance(dtype, max(1, inputs / 12)))
+    p = T.pack(weights(64, 9), 1.0)
+    assert T.linear(torch.full((2, 9), torch.nan), p, backend="triton", activations="bf16").isnan().all()
+
+
+@needs_triton
 def test_triton_packs_five_weights_a_byte_anew_once():
     from lmlab.kernels import ternary_triton as K
 
@@ -439,6 +473,8 @@ assert few.count("dp4a.u32.s32") == 64 and "ld.global.v4" in few and "fma" not i
 many = code(K._many, {}, R=128, N=64, S=16, **both)
 assert "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8" in many["ptx"] and "fma.rn" not in many["ptx"]
 code(K._join, {}, BLOCK=256, **both)
+floats = code(K._floats, dict(parts="*fp32"), R=128, N=64, S=16, SPLIT=False, **both)
+assert "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16" in floats["ptx"]
 """
 
 
