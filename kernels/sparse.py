@@ -30,7 +30,9 @@ from torch import Tensor
 STRUCTURES = ("topk", "n:m", "block")
 FORMATS = {"float32": 4, "bfloat16": 2, "int8": 1, "ternary": 0.25}  # name -> bytes a weight
 DTYPES = (torch.float32, torch.bfloat16)
-LONGEST = 2**17  # inputs; with more, a sum of products in int8 might leave int32 (sparse.cpp shifts sums of up to 128 * 127 a product)
+LONGEST = (
+    2**17
+)  # inputs; with more, a sum of products in int8 might leave int32 (sparse.cpp shifts sums of up to 128 * 127 a product)
 TOGETHER = 8  # tokens up to which a float layer reads columns; more take torch's dense product
 _CHUNK = 64  # bytes of a column that are worked on at a time
 
@@ -65,7 +67,9 @@ def mask(
 
 def _refuse_nan(x):
     if x.isnan().any():
-        raise ValueError("x: holds NaN, which has no place in an order of magnitudes; finite values and infinities are allowed")
+        raise ValueError(
+            "x: holds NaN, which has no place in an order of magnitudes; finite values and infinities are allowed"
+        )
 
 
 def reference(x, source, keep, structure, group, square_relu):
@@ -166,7 +170,9 @@ def topk_sparsify(
     "The features of largest magnitude of each token, zeros elsewhere; blocks go by their mean magnitude"
     if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim or not x.shape[-1]:
         what = f"{x.dtype} tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x: a {what}; allowed is a floating point tensor [..., d] with at least one feature")
+        raise ValueError(
+            f"x: a {what}; allowed is a floating point tensor [..., d] with at least one feature"
+        )
     if structure not in STRUCTURES:
         raise ValueError(f"structure: {structure!r}; allowed are {', '.join(map(repr, STRUCTURES))}")
     d = x.shape[-1]
@@ -176,7 +182,9 @@ def topk_sparsify(
         _check_keep(keep, d, "features of x")
     else:
         if not isinstance(group, int) or isinstance(group, bool) or group < 1 or d % group:
-            raise ValueError(f"group: {group!r}; allowed is a whole number that divides the {d} features of x")
+            raise ValueError(
+                f"group: {group!r}; allowed is a whole number that divides the {d} features of x"
+            )
         _check_keep(keep, *((group, "features of a group") if structure == "n:m" else (d // group, "blocks")))
     return _topk(x, None, keep, structure, group, square_relu, straight_through, backend)
 
@@ -233,7 +241,9 @@ class SparseWeight:
         prefix: str = "",  # e.g. "layers.0.mlp.up."
     ) -> dict:  # name -> Tensor, fit for safetensors
         "What a checkpoint holds of this matrix, beside `metadata`"
-        return {f"{prefix}columns": self.columns} | ({} if self.scale is None else {f"{prefix}scale": self.scale})
+        return {f"{prefix}columns": self.columns} | (
+            {} if self.scale is None else {f"{prefix}scale": self.scale}
+        )
 
     def metadata(
         self,
@@ -252,7 +262,9 @@ class SparseWeight:
     ):
         "The matrix back from `tensors` and `metadata`; weights that `store` would refuse are refused"
         if prefix + "sparse" not in metadata:
-            raise ValueError(f"metadata: there is no {prefix + 'sparse'!r}; this is no matrix stored by input")
+            raise ValueError(
+                f"metadata: there is no {prefix + 'sparse'!r}; this is no matrix stored by input"
+            )
         try:
             about = json.loads(metadata[prefix + "sparse"])
             format, rows, inputs = about["format"], int(about["out_features"]), int(about["in_features"])
@@ -360,7 +372,11 @@ def store(
 ) -> SparseWeight:  # on the device of `w`
     "Weights stored so that one input's are read together"
     _check_format(format)
-    if not isinstance(w, Tensor) or w.ndim != 2 or (w.dtype != torch.int8 if format not in _TYPES else not w.is_floating_point()):
+    if (
+        not isinstance(w, Tensor)
+        or w.ndim != 2
+        or (w.dtype != torch.int8 if format not in _TYPES else not w.is_floating_point())
+    ):
         what = f"{w.dtype} tensor of shape {tuple(w.shape)}" if isinstance(w, Tensor) else type(w).__name__
         want = "a float tensor [out, in]" if format in _TYPES else "an int8 tensor [out, in]"
         raise ValueError(f"w: a {what}; allowed for {format} is {want}")
@@ -370,10 +386,14 @@ def store(
             raise ValueError(f"scale: {scale!r}; {format} weights have none")
         w = w.to(_TYPES[format])
         if not w.isfinite().all():
-            raise ValueError("w: holds NaN or infinity; every weight must be finite, or leaving some out would change NaN into a number")
+            raise ValueError(
+                "w: holds NaN or infinity; every weight must be finite, or leaving some out would change NaN into a number"
+            )
     else:
         if scale is None:
-            raise ValueError(f"scale: None; {format} weights need a number, or one for each of the {len(w)} rows")
+            raise ValueError(
+                f"scale: None; {format} weights need a number, or one for each of the {len(w)} rows"
+            )
         if w.shape[1] > LONGEST:
             raise ValueError(
                 f"w: {w.shape[1]} inputs; at most {LONGEST} are allowed, or sums might not fit int32"
@@ -555,8 +575,9 @@ def _race_selection(d, dtype, rounds, budget):
 
 def _race_layer(rows, inputs, format, threads, rounds, budget):
     "One layer and one token, weights from memory: a share of the inputs against all of them, and against other dense layers"
-    from lmlab.core.bench import cold, paired
     from lmlab.kernels import ternary
+
+    from lmlab.core.bench import cold, paired
 
     low, high = (-1, 2) if format == "ternary" else (-127, 128)
     w = torch.randint(low, high, (rows, inputs), dtype=torch.int8)
@@ -566,7 +587,9 @@ def _race_layer(rows, inputs, format, threads, rounds, budget):
 
     def make():
         columns = _placed(stored.columns)
-        calls = (prepared(x, columns, scale, None, y, format, inputs * a // 100, threads=threads) for a in ACTIVE)
+        calls = (
+            prepared(x, columns, scale, None, y, format, inputs * a // 100, threads=threads) for a in ACTIVE
+        )
         return columns, dict(zip(ACTIVE, calls, strict=True))
 
     following = cold(make)

@@ -31,7 +31,9 @@ def _select(
     if SQUARE:
         r = tl.maximum(x, 0.0)
         x = r * r
-        if x_ptr.dtype.element_ty == tl.bfloat16:  # to nearest, ties to even, also where a cast does otherwise
+        if (
+            x_ptr.dtype.element_ty == tl.bfloat16
+        ):  # to nearest, ties to even, also where a cast does otherwise
             u = x.to(tl.int32, bitcast=True)
             x = ((u + 0x7FFF + ((u >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     keys = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
