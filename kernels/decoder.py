@@ -28,7 +28,7 @@ from torch import Tensor
 ACTS = ("relu2", "silu")
 DTYPES = (torch.float32, torch.bfloat16)  # of keys and values, and of the weight of a head
 KEYS = 16  # that stand side by side in a block: one vector holds the same feature of all of them
-WIDE = 16  # features of a value are filled up to a multiple of this
+WIDE = 32  # features of a value are filled up to a multiple of this
 NORMS = "input_norm", "attn_sub_norm", "post_norm", "ffn_sub_norm"
 
 
@@ -54,8 +54,8 @@ class State:
     "Keys and values of every layer, and how many tokens each row has; made by `Decoder.state`"
 
     decoder: object  # the `Decoder` it belongs to
-    keys: Tensor  # layers batch kv_heads blocks head_dim KEYS; keys are rotated already
-    values: Tensor  # layers batch kv_heads length' head_dim'; both filled up to a multiple of KEYS
+    keys: Tensor  # layers batch kv_heads blocks head_dim/pair KEYS pair, rotated already; pair is 2 in bfloat16, else 1
+    values: Tensor  # layers batch kv_heads length' head_dim'/(16 pair) 16 pair; feature 16 pair c + 16 p + i stands at c i p
     lengths: Tensor  # batch  int64; lower one to forget the last tokens of its row, all of them at 0
     length: int  # most tokens a row has room for
 
@@ -66,6 +66,30 @@ class State:
     @property
     def nbytes(self):
         return self.keys.nbytes + self.values.nbytes
+
+    def of(
+        self,
+        layer: int,
+        row: int,
+    ) -> tuple[Tensor, Tensor]:  # kv_heads length' head_dim; kv_heads length' head_dim'
+        "A copy of the keys and values of a row in order, with what is behind the last"
+        k, v = self.keys[layer, row], self.values[layer, row]
+        return k.transpose(2, 3).flatten(3).flatten(1, 2), v.transpose(-1, -2).flatten(2)
+
+    def put(
+        self,
+        layer: int,
+        row: int,
+        start: int,  # position of the first
+        k: Tensor,  # n kv_heads head_dim
+        v: Tensor,  # n kv_heads head_dim
+    ):
+        "Write the keys and values of tokens that follow one another"
+        keys, values, at = self.keys[layer, row], self.values[layer, row], torch.arange(start, start + len(k))
+        pair, wide = keys.shape[-1], values.shape[2:].numel()
+        keys[:, at // KEYS, :, at % KEYS] = k.unflatten(-1, (-1, pair)).to(keys.dtype)
+        v = F.pad(v, (0, wide - v.shape[-1])).transpose(0, 1).unflatten(-1, (-1, pair, 16))
+        values[:, at] = v.transpose(-1, -2).to(values.dtype)
 
 
 class _Layer(ctypes.Structure):
@@ -174,7 +198,9 @@ class Decoder:
         def empty(*shape):
             return _memory(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
-        keys, values = empty(*lead, blocks, self.head_dim, KEYS), empty(*lead, blocks * KEYS, wide)
+        pair = 2 if dtype == torch.bfloat16 else 1
+        keys = empty(*lead, blocks, self.head_dim // pair, KEYS, pair)
+        values = empty(*lead, blocks * KEYS, wide // (16 * pair), 16, pair)
         self._rotate_up_to(length)
         return State(self, keys, values, torch.zeros(batch, dtype=torch.long), length)
 
@@ -256,19 +282,15 @@ def _attend(dec, state, layer, row, q, k, v):
     "One row's new tokens against all of its tokens; n (heads or kv_heads) head_dim"
     n, start = len(q), int(state.lengths[row])
     end = start + n
-    at = torch.arange(start, end)
     cos, sin = dec._rotations[start:end, :, None].unbind(1)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    keys, values = state.keys[layer, row], state.values[layer, row]
-    keys[:, at // KEYS, :, at % KEYS] = k.to(keys.dtype)
-    values[:, start:end, : dec.head_dim] = v.transpose(0, 1).to(values.dtype)
-    k = keys.transpose(-1, -2).flatten(1, 2)[:, None].float()  # kv_heads 1 length' head_dim
-    v = values[:, None, :, : dec.head_dim].float()
+    state.put(layer, row, start, k, v)
+    k, v = (t[:, None, :, : dec.head_dim].float() for t in state.of(layer, row))  # kv_heads 1 length' head_dim
     q = q.transpose(0, 1).unflatten(0, (dec.kv_heads, -1)) * dec.head_dim**-0.5  # kv_heads group n head_dim
     out = q.new_empty(n, dec.heads, dec.head_dim)
-    for i, end in enumerate(range(start + 1, end + 1)):  # no token meets a later one, not even with a weight of zero
-        scores = q[:, :, i : i + 1] @ k[:, :, :end].mT
-        out[i] = (scores.softmax(-1) @ v[:, :, :end]).flatten(0, 2)
+    for i, seen in enumerate(range(start + 1, end + 1)):  # no token meets a later one, not even with a weight of zero
+        scores = q[:, :, i : i + 1] @ k[:, :, :seen].mT
+        out[i] = (scores.softmax(-1) @ v[:, :, :seen]).flatten(0, 2)
     return out.flatten(1)
 
 
