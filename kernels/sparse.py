@@ -639,5 +639,5 @@ def bench(
         for format in FORMATS:
             for threads in sorted({1, torch.get_num_threads()}):
                 name = f"{rows} x {inputs} {format}, {threads} thread{'s' * (threads > 1)}"
-                out[name] = _race_layer(rows, inputs, format, threads, *((9, 0.5) if quick else (51, 2)))
+                out[name] = _race_layer(rows, inputs, format, threads, *((9, 0.5) if quick else (51, 1.5)))
     return out
