@@ -49,7 +49,7 @@ struct Kernels {  // of one instruction set and dtype
     int64_t (*key_floats)(const Call&);
     int64_t (*value_floats)(const Call&);
     void (*single_part)(const Call&, int64_t b, int64_t head, int64_t from, int64_t n, float* q, float* part);
-    void (*single_join)(const Call&, int64_t b, int64_t head, int64_t parts, const float* part);
+    void (*single_join)(const Call&, int64_t b, int64_t head, int64_t parts, float* part);
     int64_t (*single_wide)(const Call&);
     int64_t (*single_size)(const Call&);
 };
@@ -64,8 +64,6 @@ struct Path { const char* name; Kernels of[2]; };  // float, bf16
 #define TARGET_BEGIN(features) DO(GCC push_options) DO(GCC target(features))
 #define TARGET_END DO(GCC pop_options)
 #endif
-
-#define LAMBDA __attribute__((always_inline))  // GCC does not hand the target on to it otherwise
 
 namespace base {  // any machine with a compiler: four lanes in plain C++
 constexpr int L = 4, ROWS = 3, WIDE = 4, STEP = 1, KEPT = 10;
@@ -117,6 +115,8 @@ LMLAB_INLINE V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512
 LMLAB_INLINE V dot(V sums, V a, V b) { return (V)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b); }
 LMLAB_INLINE V larger(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
 LMLAB_INLINE V pairs(V a, V b) { return (V)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+LMLAB_INLINE V low_pairs(V a, V b) { return (V)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b); }
+LMLAB_INLINE V high_pairs(V a, V b) { return (V)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b); }
 EXP2_AVX512(4)  // weights are rounded to 8 bits
 }  // namespace avx512bf16
 TARGET_END

@@ -84,6 +84,21 @@ LMLAB_INLINE uint32_t one(const bf16* p, int64_t n) {  // a float, or a pair of 
     return u;
 }
 
+LMLAB_INLINE uint32_t signed_unit(uint32_t x, float sign) {  // a unit times 1, -1 or 0
+    if (sign == 1.f) return x;
+    if (STEP == 1) {
+        float f;
+        memcpy(&f, &x, 4);
+        f *= sign;
+        memcpy(&x, &f, 4);
+        return x;
+    }
+    if (sign < 0) return x ^ 0x80008000;
+    for (uint32_t mask = 0x7f80; mask; mask = mask == 0x7f80 ? 0x7f800000 : 0)
+        if ((x & mask) == mask) return 0x7fc07fc0;  // 0 times infinity; a score with a NaN is one
+    return 0;
+}
+
 template <int W, int n, int... i> LMLAB_INLINE void turn_step(V* x, std::integer_sequence<int, i...>) {
 #pragma GCC unroll 16
     for (int k = 0; k < L; k++)
@@ -333,23 +348,7 @@ template <class T> static void tile(const Call& a, int64_t b, int64_t head, int6
         const T* from = (const T*)a.q + b * a.qs[0] + (head * group + (row + r) % group) * a.qs[1] + (row + r) / group * a.qs[2];
         float* to = q + r / ROWS * ROWS * units + r % ROWS;
         for (int64_t u = 0; u < units; u++) {
-            uint32_t x = one(from + u * STEP, a.d - u * STEP);
-            if (sign != 1.f) {
-                if (STEP == 2) {
-                    uint16_t two[2];
-                    memcpy(two, &x, 4);
-                    for (auto& h : two) {
-                        bool wild = (h & 0x7f80) == 0x7f80;
-                        h = sign < 0 ? h ^ 0x8000 : wild ? 0x7fc0 : 0;
-                    }
-                    memcpy(&x, two, 4);
-                } else {
-                    float f;
-                    memcpy(&f, &x, 4);
-                    f *= sign;
-                    memcpy(&x, &f, 4);
-                }
-            }
+            uint32_t x = signed_unit(one(from + u * STEP, a.d - u * STEP), sign);
             memcpy(to + u * ROWS, &x, 4);
         }
     }
@@ -408,20 +407,42 @@ template <class T> static void pack(const Call& a, int64_t b, int64_t head, int6
 
 // ---- one query: a pass over keys and values as they stand, which costs what reading them costs
 
+// 2 L numbers of a row are a `Two`. Where the machine multiplies pairs of bfloat16, scores take them as they stand, as L units, and two
+// rows of values are interleaved to pairs of keys; elsewhere bfloat16 is widened, even numbers before odd ones.
 struct Two { V a, b; };
 LMLAB_INLINE Two two(const float* p) { return {vec(p), vec(p + L)}; }
-LMLAB_INLINE Two two(const bf16* p) { U u; memcpy(&u, p, sizeof u); return {(V)(u << 16), (V)(u & 0xffff0000)}; }  // even, odd
-template <class T> LMLAB_INLINE Two two(const T* p, int64_t n) {
-    if (n >= 2 * L) return two(p);
-    T part[2 * L] = {};
-    memcpy((void*)part, p, n * sizeof(T));
-    return two(part);
+LMLAB_INLINE Two two(const bf16* p) { U u; memcpy(&u, p, sizeof u); return {(V)(u << 16), (V)(u & 0xffff0000)}; }
+template <class T> struct Copy { T of[2 * L]; };
+template <class T> LMLAB_INLINE Copy<T> first(const T* p, int64_t n) {  // zeros behind
+    Copy<T> c = {};
+    memcpy((void*)c.of, p, n * sizeof(T));
+    return c;
 }
-LMLAB_INLINE int64_t place(const float*, int64_t i) { return i; }  // where `two` leaves number i
-LMLAB_INLINE int64_t place(const bf16*, int64_t i) { return i / (2 * L) * 2 * L + i % 2 * L + i % (2 * L) / 2; }
+LMLAB_INLINE V low_pairs(V a, V b);  // of the first 4 of each 8 bfloat16 of a and b
+LMLAB_INLINE V high_pairs(V a, V b);  // of the last 4
+LMLAB_INLINE int64_t place(const float*, int64_t i) { return i; }  // where number i of a row of values ends up
+LMLAB_INLINE int64_t place(const bf16*, int64_t i) {
+    const int64_t from = i / (2 * L) * 2 * L, at = i % (2 * L);
+    return from + (STEP == 2 ? at % 8 / 4 * L + at / 8 * 4 + at % 4 : at % 2 * L + at / 2);
+}
 
-template <class T> LMLAB_INLINE void ahead(const T* p) {  // what one `two` reads
+template <class T> LMLAB_INLINE void ahead(const T* p) {  // what one `Two` reads
     for (unsigned i = 0; i < 2 * L * sizeof(T); i += 64) __builtin_prefetch((const char*)p + i);
+}
+
+template <int R, class T> LMLAB_INLINE void single_add(const T* p, const float* q, int64_t wide, V* x, V* y) {
+    if constexpr (STEP == 2) {
+        V w = vec(p);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) x[r] = dot(x[r], w, vec(q + r * wide));
+    } else {
+        Two w = two(p);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            x[r] = fma(w.a, vec(q + r * wide), x[r]);
+            y[r] = fma(w.b, vec(q + r * wide + L), y[r]);
+        }
+    }
 }
 
 template <int R, class T> LMLAB_INLINE void single_scores(const T* k, int64_t stride, int64_t n, int64_t d, const float* q, int64_t wide, float* scores) {
@@ -430,19 +451,15 @@ template <int R, class T> LMLAB_INLINE void single_scores(const T* k, int64_t st
         for (int t = 0; t < L; t++) {
             const T* p = k + (j + t < n ? j + t : n - 1) * stride;
             V x[R] = {}, y[R] = {};
-            auto add = [&](Two w, int64_t i) LAMBDA {
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++) {
-                    x[r] = fma(w.a, vec(q + r * wide + i), x[r]);
-                    y[r] = fma(w.b, vec(q + r * wide + i + L), y[r]);
-                }
-            };
             int64_t i = 0;
             for (; i + 2 * L <= d; i += 2 * L) {
                 ahead(p + AHEAD * stride + i);
-                add(two(p + i), i);
+                single_add<R>(p + i, q + i / STEP, wide, x, y);
             }
-            if (i < d) add(two(p + i, d - i), i);
+            if (i < d) {
+                Copy<T> last = first(p + i, d - i);
+                single_add<R>(last.of, q + i / STEP, wide, x, y);
+            }
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) sums[r][t] = x[r] + y[r];
         }
@@ -451,21 +468,41 @@ template <int R, class T> LMLAB_INLINE void single_scores(const T* k, int64_t st
     }
 }
 
+// STEP rows of values times their weights
+template <int R, int N, class T> LMLAB_INLINE void single_mix(const T* v, const T* next, const float* p, V sum[R][2 * N]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) {
+        Two w;
+        if constexpr (STEP == 2) {
+            V a = vec(v + 2 * L * i), b = next ? vec(next + 2 * L * i) : V{};
+            w = {low_pairs(a, b), high_pairs(a, b)};
+        } else w = two(v + 2 * L * i);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            V x = unit(p + r * BLOCK);
+            sum[r][2 * i] = dot(sum[r][2 * i], w.a, x);
+            sum[r][2 * i + 1] = dot(sum[r][2 * i + 1], w.b, x);
+        }
+    }
+}
+
 // 2 L C columns, or with C = 0 the last ones, fewer than 2 L
 template <int R, int C, class T> LMLAB_INLINE void single_columns(const T* v, int64_t stride, int64_t n, int64_t d, const float* p, int64_t size, float* out) {
     constexpr int N = C ? C : 1;
     V sum[R][2 * N] = {};
-    for (int64_t j = 0; j < n; j++, v += stride)
+    int64_t j = 0;
+    if constexpr (C > 0) {
+        for (; j + STEP <= n; j += STEP, v += STEP * stride) {
+            for (int s = 0; s < STEP; s++)
 #pragma GCC unroll 4
-        for (int i = 0; i < N; i++) {
-            if (C) ahead(v + AHEAD * stride + 2 * L * i);
-            Two w = C ? two(v + 2 * L * i) : two(v, d);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                V x = all(p[r * BLOCK + j]);
-                sum[r][2 * i] = fma(w.a, x, sum[r][2 * i]);
-                sum[r][2 * i + 1] = fma(w.b, x, sum[r][2 * i + 1]);
-            }
+                for (int i = 0; i < N; i++) ahead(v + (AHEAD + s) * stride + 2 * L * i);
+            single_mix<R, N>(v, v + stride, p + j / STEP, sum);
+        }
+        if (STEP == 2 && j < n) single_mix<R, N>(v, (const T*)nullptr, p + j / STEP, sum);
+    } else
+        for (; j < n; j += STEP, v += STEP * stride) {
+            Copy<T> a = first(v, d), b = first(v + (j + 1 < n ? stride : 0), j + 1 < n ? d : 0);
+            single_mix<R, N>(a.of, b.of, p + j / STEP, sum);
         }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
@@ -474,23 +511,22 @@ template <int R, int C, class T> LMLAB_INLINE void single_columns(const T* v, in
 }
 
 // R query heads of one key head against up to BLOCK keys: the largest score, the sum of weights and the weighted values of each.
-// q: [R][wide] as `two` leaves it; part: [R][wide + 2]
-template <int R, class T> static void single(const T* k, int64_t ks, const T* v, int64_t vs, int64_t n, int64_t d, int64_t dv, const float* q, float c, float* part, int64_t size) {
-    const int64_t wide = (d + 2 * L - 1) / (2 * L) * 2 * L;
+// q: [R][wide]; part: [R][size]
+template <int R, class T> static void single(const T* k, int64_t ks, const T* v, int64_t vs, int64_t n, int64_t d, int64_t dv, const float* q, int64_t wide, float c, float* part, int64_t size) {
     alignas(64) float scores[R * BLOCK];
     single_scores<R>(k, ks, n, d, q, wide, scores);
     for (int r = 0; r < R; r++) {
         float* s = scores + r * BLOCK;
-        for (int64_t j = n; j % L; j++) s[j] = -__builtin_inff();
+        for (int64_t j = n; j % (2 * L); j++) s[j] = -__builtin_inff();
         V x = vec(s), sum = {};
         for (int64_t j = L; j < n; j += L) x = larger(x, vec(s + j));
         float top = x[0];
         for (int l = 1; l < L; l++) top = x[l] > top ? x[l] : top;
         V minus = all(top == -__builtin_inff() ? 0.f : top), by = all(c);
-        for (int64_t j = 0; j < n; j += L) {
-            V p = exp2((vec(s + j) - minus) * by);
-            put(s + j, p);
-            sum += p;
+        for (int64_t j = 0; j < n; j += 2 * L) {
+            V a = exp2((vec(s + j) - minus) * by), b = exp2((vec(s + j + L) - minus) * by);
+            sum += a + b;
+            write_weights(s + j / STEP, a, b);
         }
         float total = 0;
         for (int l = 0; l < L; l++) total += sum[l];
@@ -504,17 +540,27 @@ template <int R, class T> static void single(const T* k, int64_t ks, const T* v,
     if (e < dv) single_columns<R, 0>(v + e, vs, n, dv - e, scores, size, part + 2 + e);
 }
 
-static int64_t single_wide(const Call& a) { return (a.d + 2 * L - 1) / (2 * L) * 2 * L; }
+static int64_t single_wide(const Call& a) { return (a.d + 2 * L - 1) / (2 * L) * 2 * L / STEP; }  // floats of a query
 static int64_t single_size(const Call& a) { return (a.dv + 2 * L - 1) / (2 * L) * 2 * L + 2; }
 
-template <class T> LMLAB_INLINE void single_query(const Call& a, int64_t b, int64_t head, float* to) {  // the queries of a key head, as floats
+template <class T> LMLAB_INLINE void single_query(const Call& a, int64_t b, int64_t head, float* to) {  // the queries of a key head
     const int64_t group = a.h / a.hk, wide = single_wide(a);
-    for (int64_t g = 0; g < group; g++)
+    for (int64_t g = 0; g < group; g++) {
+        const T* from = (const T*)a.q + b * a.qs[0] + (head * group + g) * a.qs[1];
         for (int64_t i = 0; i < a.d; i += 2 * L) {
-            Two w = two((const T*)a.q + b * a.qs[0] + (head * group + g) * a.qs[1] + i, a.d - i);
-            put(to + g * wide + i, w.a * a.sign());
-            put(to + g * wide + i + L, w.b * a.sign());
+            Copy<T> some = first(from + i, a.d - i < 2 * L ? a.d - i : 2 * L);
+            if constexpr (STEP == 2)
+                for (int u = 0; u < L; u++) {
+                    uint32_t x = signed_unit(one(some.of + 2 * u, 2), a.sign());
+                    memcpy(to + g * wide + i / 2 + u, &x, 4);
+                }
+            else {
+                Two w = two(some.of);
+                put(to + g * wide + i, w.a * a.sign());
+                put(to + g * wide + i + L, w.b * a.sign());
+            }
         }
+    }
 }
 
 template <class T> static void single_part(const Call& a, int64_t b, int64_t head, int64_t from, int64_t n, float* q, float* part) {
@@ -526,30 +572,31 @@ template <class T> static void single_part(const Call& a, int64_t b, int64_t hea
     for (int64_t g = 0; g < group;) {
         const int64_t left = group - g;
         auto f = left >= 4 ? single<4, T> : left >= 2 ? single<2, T> : single<1, T>;
-        f(k, a.ks[2], v, a.vs[2], n, a.d, a.dv, q + g * wide, c, part + g * size, size);
+        f(k, a.ks[2], v, a.vs[2], n, a.d, a.dv, q + g * wide, wide, c, part + g * size, size);
         g += left >= 4 ? 4 : left >= 2 ? 2 : 1;
     }
 }
 
-template <class T> static void single_join(const Call& a, int64_t b, int64_t head, int64_t parts, const float* part) {
+template <class T> static void single_join(const Call& a, int64_t b, int64_t head, int64_t parts, float* part) {
     const int64_t group = a.h / a.hk, size = single_size(a);
     const float c = a.factor();
     for (int64_t g = 0; g < group; g++, part += size) {
         float top = -__builtin_inff(), total = 0;
         for (int64_t i = 0; i < parts; i++) top = part[i * group * size] > top ? part[i * group * size] : top;
         const float used = top == -__builtin_inff() ? 0.f : top;
+        float* sum = part + 2;  // the first part becomes the sum of all
+        for (int64_t i = 0; i < parts; i++) {
+            const float* p = part + i * group * size;
+            const V worth = exp2(all((p[0] - used) * c));
+            total = fma(worth, all(p[1]), all(total))[0];
+            for (int64_t e = 0; e + 2 < size; e += L) put(sum + e, i ? fma(worth, vec(p + 2 + e), vec(sum + e)) : worth * vec(sum + e));
+        }
         T* to = (T*)a.out + b * a.os[0] + (head * group + g) * a.os[1];
-        for (int64_t i = 0; i < parts; i++) total += exp2(all((part[i * group * size] - used) * c))[0] * part[i * group * size + 1];
         for (int64_t e = 0; e < a.dv; e += L) {
-            V sum = {};
             const int64_t n = a.dv - e < L ? a.dv - e : L;
             float some[L] = {};
-            for (int64_t i = 0; i < parts; i++) {
-                const float* p = part + i * group * size;
-                for (int64_t l = 0; l < n; l++) some[l] = p[2 + place((const T*)0, e + l)];
-                sum = fma(exp2(all((p[0] - used) * c)), vec(some), sum);
-            }
-            write(to + e, parts ? sum / total : V{}, n);
+            for (int64_t l = 0; l < n && parts; l++) some[l] = sum[place((const T*)0, e + l)];
+            write(to + e, parts ? vec(some) / total : V{}, n);
         }
     }
 }

@@ -201,7 +201,9 @@ def test_gradients_with_padding():
     x = [t.requires_grad_() for t in draw((2, 4, 2, 5, 9, 3, 2), torch.float64)]
     start, stop = torch.tensor([3, 5]), torch.tensor([9, 7])
     for causal in (True, False):
-        assert torch.autograd.gradcheck(lambda q, k, v: A.attention(q, k, v, causal, 0.5, start, stop), x)
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, c=causal: A.attention(q, k, v, c, 0.5, start, stop), x
+        )
 
 
 def test_layouts():
