@@ -17,12 +17,12 @@ number of threads, the instruction set. There are no gradients; for these take `
 
 import ctypes
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from lmlab.kernels import Operation, cpu
-from lmlab.kernels.ternary import PackedTernary, _Matrix, _memory, linear, paths
+from lmlab.kernels.ternary import PackedTernary, _Matrix, _memory, _placed, linear, pack, paths
 from torch import Tensor
 
 ACTS = ("relu2", "silu")
@@ -376,3 +376,115 @@ def head(
             f"weight: {weight.dtype} of shape {tuple(weight.shape)}; allowed is float32 or bfloat16 [vocab, {x.shape[1]}]"
         )
     return HEAD.pick(backend, x.device.type, x.dtype)[1](x.detach(), weight.detach())
+
+
+def _bitnet(layers, format="auto"):
+    "Layers of the shape of a BitNet with 2 billion weights; all have the same weights, but each its own memory"
+    d, heads, kv_heads, head_dim, f = 2560, 20, 5, 128, 6912
+    shapes = {
+        "q": (heads * head_dim, d), "k": (kv_heads * head_dim, d), "v": (kv_heads * head_dim, d),
+        "o": (d, heads * head_dim), "gate": (f, d), "up": (f, d), "down": (d, f),
+    }  # fmt: skip
+    packed = {
+        name: pack(torch.randint(-1, 2, shape, dtype=torch.int8), shape[1] ** -0.5, format)
+        for name, shape in shapes.items()
+    }
+    norms = {name: torch.ones(f if name == "ffn_sub_norm" else d) for name in NORMS}
+    made = [
+        Layer(**norms, **{name: replace(p, codes=_placed(p.codes)) for name, p in packed.items()})
+        for _ in range(layers)
+    ]
+    return Decoder(made, heads, kv_heads, head_dim, 5e5 ** -(torch.arange(head_dim // 2) * 2 / head_dim))
+
+
+def _llama(dec):
+    "The stock model of this shape in bfloat16"
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=dec.d, intermediate_size=dec.f, num_hidden_layers=len(dec.layers),
+        num_attention_heads=dec.heads, num_key_value_heads=dec.kv_heads, head_dim=dec.head_dim,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaModel(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.01)
+    model.rotary_emb.inv_freq = dec.inv_freq.clone()
+    return model
+
+
+def _llama_step(model, batch, n, context):
+    "A call that leaves its cache as it was"
+    from transformers.cache_utils import DynamicCache
+
+    c, x = model.config, torch.randn(batch, n, model.config.hidden_size).bfloat16()
+    shape = batch, c.num_key_value_heads, context, c.head_dim
+
+    def step():
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(held):
+            cache.update(k, v, layer)
+        with torch.no_grad():
+            return model(inputs_embeds=x, past_key_values=cache).last_hidden_state
+
+    held = [[torch.randn(shape).bfloat16() for _ in range(2)] for _ in range(c.num_hidden_layers)]
+    return step
+
+
+def _race(dec, model, batch, n, context, dtype, threads, rounds, budget):
+    "The next `n` tokens of each row: the decoder, what it reads merely read, what it multiplies merely multiplied, and transformers"
+    from lmlab.core.bench import paired
+
+    state, x, lib = dec.state(batch, context + n, dtype), torch.randn(batch, n, dec.d), cpu.library()
+    for t in (state.keys, state.values):
+        t.normal_()
+    weights = sum(getattr(l, name).nbytes for l in dec.layers for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    cached = 2 * len(dec.layers) * batch * context * dec.kv_heads * dec.head_dim * dtype.itemsize
+    memory = _memory(weights + cached).fill_(1)
+    products = batch * n * sum(p.out_features * p.in_features for l in dec.layers for p in (l.q, l.k, l.v, l.o, l.gate, l.up, l.down))  # fmt: skip
+
+    def step():
+        state.lengths.fill_(context)
+        dec(x, state)
+
+    fns = {"decoder": step, "plain read": lambda: cpu.plain_read(memory)}
+    if once := lib.lmlab_peak(b"int8", 1, 1):
+        fns["int8 peak"] = lambda: lib.lmlab_peak(b"int8", max(1, 2 * products // once // threads), threads)
+    if model is not None:
+        fns["transformers bfloat16"] = _llama_step(model, batch, n, context)
+    timing = paired(fns, rounds=rounds, threads=threads, budget=budget)
+    work = {"bytes": weights + cached, "flops": 2 * products}
+    work["fraction of plain read"] = {"decoder": timing.ratio("plain read", "decoder")}
+    if once:
+        work["fraction of int8 peak"] = {"decoder": timing.ratio("int8 peak", "decoder")}
+    if model is not None:
+        work["times as fast as"] = {
+            "transformers bfloat16": timing.ratio("transformers bfloat16", "decoder")
+        }
+    return timing, work
+
+
+def bench(
+    quick: bool = False,  # four layers, no transformers, fewer rounds
+) -> dict:  # name of the case -> (`Timing`, what was read and multiplied, and the ratios that count)
+    "Twelve layers of the shape of a BitNet with 2 billion weights: single tokens, a batch of them, and prompts"
+    if cpu.missing():
+        raise RuntimeError(f"bench: decoder kernels need the C++ library, but {cpu.missing()}")
+    dec, out = _bitnet(4 if quick else 12), {}
+    model = None if quick else _llama(dec)
+    cases = [
+        (1, 1, 64, torch.float32),
+        (1, 1, 1024, torch.float32),
+        (1, 1, 1024, torch.bfloat16),
+        (8, 1, 64, torch.float32),
+        (1, 64, 0, torch.float32),
+        (1, 512, 0, torch.float32),
+    ]
+    for threads in sorted({1, torch.get_num_threads()}):
+        for batch, n, context, dtype in cases[::4] if quick else cases:
+            what = f"prompt of {n}" if n > 1 else f"next token of {batch}, context {context}"
+            name = f"{what}, cache {str(dtype).removeprefix('torch.')}, {threads} thread{'s' * (threads > 1)}"
+            out[name] = _race(dec, model, batch, n, context, dtype, threads, *((9, 1) if quick else (41, 6)))
+    return out
