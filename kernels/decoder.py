@@ -422,14 +422,16 @@ def _llama_step(model, batch, n, context):
     c, x = model.config, torch.randn(batch, n, model.config.hidden_size).bfloat16()
     shape = batch, c.num_key_value_heads, context, c.head_dim
 
-    def step():
-        cache = DynamicCache()
-        for layer, (k, v) in enumerate(held):
-            cache.update(k, v, layer)
-        with torch.no_grad():
-            return model(inputs_embeds=x, past_key_values=cache).last_hidden_state
+    cache = DynamicCache()
+    for layer in range(c.num_hidden_layers):
+        cache.update(*(torch.randn(shape).bfloat16() for _ in range(2)), layer)
 
-    held = [[torch.randn(shape).bfloat16() for _ in range(2)] for _ in range(c.num_hidden_layers)]
+    def step():
+        with torch.no_grad():
+            y = model(inputs_embeds=x, past_key_values=cache).last_hidden_state
+        cache.crop(-n)
+        return y
+
     return step
 
 
