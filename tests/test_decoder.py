@@ -170,6 +170,19 @@ def test_equals_the_definition(size, dtype):
 
 
 @built
+@pytest.mark.parametrize("dtype", D.DTYPES)
+def test_equals_the_definition_where_segments_are_joined(dtype):
+    "More keys than one softmax takes, by prompt and by single tokens; without sub-norms, which would hide a wrong sum of weights"
+    dec, x = make(SIZES[0], layers=1, sub_norms=False, act="silu"), tokens(1, 600, 20)
+    want = dec(x, dec.state(1, 600, dtype), backend="reference")
+    state = dec.state(1, 600, dtype)
+    whole = dec(x[:, :590], state, backend="cpu")
+    single = torch.cat([dec(x[:, i : i + 1], state, backend="cpu") for i in range(590, 600)], 1)
+    for got, part in ((whole[:, 256:512], want[:, 256:512]), (whole[:, 512:], want[:, 512:590]), (single, want[:, 590:])):
+        close_but_for_roundings(got, part, 1e-5)
+
+
+@built
 def test_bfloat16_cache_is_within_its_rounding():
     "Against float32, at the first layer's attention alone: no int8 in between that could jump"
     dec = make((96, 8, 2, 32, 64), layers=1)
