@@ -103,13 +103,27 @@ class _Shape(ctypes.Structure):
     "`Shape` in decoder.cpp"
 
     _fields_ = [
-        (name, ctypes.c_int64) for name in ("layers", "d", "f", "heads", "kv_heads", "head_dim", "batch", "length")
+        (name, ctypes.c_int64)
+        for name in ("layers", "d", "f", "heads", "kv_heads", "head_dim", "batch", "length")
     ]
-    _fields_ += [("eps", ctypes.c_double), ("scale", ctypes.c_float), ("silu", ctypes.c_int32), ("half", ctypes.c_int32)]
+    _fields_ += [
+        ("eps", ctypes.c_double),
+        ("scale", ctypes.c_float),
+        ("silu", ctypes.c_int32),
+        ("half", ctypes.c_int32),
+    ]
 
 
 def _matrix(p):
-    return _Matrix(p.codes.data_ptr(), p.scale.data_ptr(), None, None, p.out_features, p.scale.numel() > 1, p.format == "1.6bit")
+    return _Matrix(
+        p.codes.data_ptr(),
+        p.scale.data_ptr(),
+        None,
+        None,
+        p.out_features,
+        p.scale.numel() > 1,
+        p.format == "1.6bit",
+    )
 
 
 class Decoder:
@@ -144,16 +158,21 @@ class Decoder:
         self.layers = [self._checked(i, l) for i, l in enumerate(self.layers)]
         self._rotations = torch.empty(0, 2, head_dim // 2)
         self._c_layers = (_Layer * len(self.layers))(
-            *(
-                _Layer(**{f.name: self._c_field(getattr(l, f.name)) for f in fields(l)})
-                for l in self.layers
-            )
+            *(_Layer(**{f.name: self._c_field(getattr(l, f.name)) for f in fields(l)}) for l in self.layers)
         )
 
     def _checked(self, i, layer):
         "The layer with its norms in float32 and in one piece"
         d, f, a, b = self.d, self.f, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        want = {"q": (a, d), "k": (b, d), "v": (b, d), "o": (d, a), "gate": (f, d), "up": (f, d), "down": (d, f)}
+        want = {
+            "q": (a, d),
+            "k": (b, d),
+            "v": (b, d),
+            "o": (d, a),
+            "gate": (f, d),
+            "up": (f, d),
+            "down": (d, f),
+        }
         for name, shape in want.items():
             p = getattr(layer, name)
             if not isinstance(p, PackedTernary):
@@ -178,7 +197,13 @@ class Decoder:
 
     @staticmethod
     def _c_field(value):
-        return _matrix(value) if isinstance(value, PackedTernary) else None if value is None else value.data_ptr()
+        return (
+            _matrix(value)
+            if isinstance(value, PackedTernary)
+            else None
+            if value is None
+            else value.data_ptr()
+        )
 
     def state(
         self,
@@ -233,13 +258,17 @@ class Decoder:
                 raise ValueError(f"rows: {rows}; allowed are different rows from 0 to {state.batch - 1}")
         if counts is None:
             if x.ndim != 3 or x.shape[0] != sequences or x.shape[2] != self.d:
-                raise ValueError(f"x: shape {tuple(x.shape)}; it must be {sequences} rows, n tokens, {self.d}")
+                raise ValueError(
+                    f"x: shape {tuple(x.shape)}; it must be {sequences} rows, n tokens, {self.d}"
+                )
             n = x.shape[1]
             counts = None if rows is None else [n] * sequences
         else:
             counts, n = [int(c) for c in counts], 0
             if len(counts) != sequences or any(c < 0 for c in counts):
-                raise ValueError(f"counts: {counts}; allowed is a number of tokens for each of the {sequences} rows")
+                raise ValueError(
+                    f"counts: {counts}; allowed is a number of tokens for each of the {sequences} rows"
+                )
             if tuple(x.shape) != (sum(counts), self.d):
                 raise ValueError(
                     f"x: shape {tuple(x.shape)}; with counts it must be all {sum(counts)} tokens behind one another, {self.d} wide"
@@ -261,7 +290,9 @@ class Decoder:
         for r, c in zip(rows, [n] * len(rows) if counts is None else counts, strict=True):
             held = int(state.lengths[r])
             if not 0 <= held <= state.length - c:
-                raise ValueError(f"state: row {r} holds {held} tokens and has room for {state.length}; {c} more do not fit")
+                raise ValueError(
+                    f"state: row {r} holds {held} tokens and has room for {state.length}; {c} more do not fit"
+                )
 
 
 def rms_norm(x, weight, eps):  # `None` for a weight is no norm
@@ -285,10 +316,14 @@ def _attend(dec, state, layer, row, q, k, v):
     cos, sin = dec._rotations[start:end, :, None].unbind(1)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     state.put(layer, row, start, k, v)
-    k, v = (t[:, None, :, : dec.head_dim].float() for t in state.of(layer, row))  # kv_heads 1 length' head_dim
+    k, v = (
+        t[:, None, :, : dec.head_dim].float() for t in state.of(layer, row)
+    )  # kv_heads 1 length' head_dim
     q = q.transpose(0, 1).unflatten(0, (dec.kv_heads, -1)) * dec.head_dim**-0.5  # kv_heads group n head_dim
     out = q.new_empty(n, dec.heads, dec.head_dim)
-    for i, seen in enumerate(range(start + 1, end + 1)):  # no token meets a later one, not even with a weight of zero
+    for i, seen in enumerate(
+        range(start + 1, end + 1)
+    ):  # no token meets a later one, not even with a weight of zero
         scores = q[:, :, i : i + 1] @ k[:, :, :seen].mT
         out[i] = (scores.softmax(-1) @ v[:, :, :seen]).flatten(0, 2)
     return out.flatten(1)
@@ -304,7 +339,10 @@ def reference(dec, x, state, rows, counts, n):
     act = {"relu2": lambda g: g.relu().square(), "silu": F.silu}[dec.act]
     for i, l in enumerate(dec.layers):
         h = rms_norm(x, l.input_norm, dec.eps)
-        qkv = (linear(h, p, backend="reference").unflatten(-1, (-1, dec.head_dim)).split(counts) for p in (l.q, l.k, l.v))
+        qkv = (
+            linear(h, p, backend="reference").unflatten(-1, (-1, dec.head_dim)).split(counts)
+            for p in (l.q, l.k, l.v)
+        )
         rows_of = [_attend(dec, state, i, row, *one) for row, *one in zip(rows, *qkv, strict=True)]
         a = torch.cat([x.new_empty(0, dec.heads * dec.head_dim), *rows_of])
         x += linear(rms_norm(a, l.attn_sub_norm, dec.eps), l.o, backend="reference")
@@ -331,7 +369,15 @@ def on_cpu(dec, x, state, rows, counts, n, path=None, threads=None):
     pointers = (t.data_ptr() for t in (dec._rotations, state.keys, state.values, state.lengths, x, y))
     threads, name = threads or torch.get_num_threads(), path and path.encode()
     failed = call(
-        dec._c_layers, dec._c_shape(state), *pointers, _whole(rows), _whole(counts), sequences, n, threads, name
+        dec._c_layers,
+        dec._c_shape(state),
+        *pointers,
+        _whole(rows),
+        _whole(counts),
+        sequences,
+        n,
+        threads,
+        name,
     )
     if failed == -3:
         dec._full(state, rows, counts, n)
@@ -422,14 +468,16 @@ def _llama_step(model, batch, n, context):
     c, x = model.config, torch.randn(batch, n, model.config.hidden_size).bfloat16()
     shape = batch, c.num_key_value_heads, context, c.head_dim
 
-    def step():
-        cache = DynamicCache()
-        for layer, (k, v) in enumerate(held):
-            cache.update(k, v, layer)
-        with torch.no_grad():
-            return model(inputs_embeds=x, past_key_values=cache).last_hidden_state
+    cache = DynamicCache()
+    for layer in range(c.num_hidden_layers):
+        cache.update(*(torch.randn(shape).bfloat16() for _ in range(2)), layer)
 
-    held = [[torch.randn(shape).bfloat16() for _ in range(2)] for _ in range(c.num_hidden_layers)]
+    def step():
+        with torch.no_grad():
+            y = model(inputs_embeds=x, past_key_values=cache).last_hidden_state
+        cache.crop(-n)
+        return y
+
     return step
 
 
@@ -440,7 +488,9 @@ def _race(dec, model, batch, n, context, dtype, threads, rounds, budget):
     state, x, lib = dec.state(batch, context + n, dtype), torch.randn(batch, n, dec.d), cpu.library()
     for t in (state.keys, state.values):
         t.normal_()
-    weights = sum(getattr(l, name).nbytes for l in dec.layers for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    weights = sum(
+        getattr(l, name).nbytes for l in dec.layers for name in ("q", "k", "v", "o", "gate", "up", "down")
+    )
     cached = 2 * len(dec.layers) * batch * context * dec.kv_heads * dec.head_dim * dtype.itemsize
     memory = _memory(weights + cached).fill_(1)
     products = batch * n * sum(p.out_features * p.in_features for l in dec.layers for p in (l.q, l.k, l.v, l.o, l.gate, l.up, l.down))  # fmt: skip
@@ -460,9 +510,7 @@ def _race(dec, model, batch, n, context, dtype, threads, rounds, budget):
     if once:
         work["fraction of int8 peak"] = {"decoder": timing.ratio("int8 peak", "decoder")}
     if model is not None:
-        work["times as fast as"] = {
-            "transformers bfloat16": timing.ratio("transformers bfloat16", "decoder")
-        }
+        work["times as fast as"] = {"transformers bfloat16": timing.ratio("transformers bfloat16", "decoder")}
     return timing, work
 
 

@@ -215,7 +215,11 @@ def _memory(size):
 
 def _placed(codes):
     "The codes where they are read fast"
-    if codes.device.type != "cpu" or not codes.numel() or (codes.nbytes < 2**16 and codes.data_ptr() % 64 == 0):
+    if (
+        codes.device.type != "cpu"
+        or not codes.numel()
+        or (codes.nbytes < 2**16 and codes.data_ptr() % 64 == 0)
+    ):
         return codes
     return _memory(codes.nbytes).view(codes.shape).copy_(codes)
 

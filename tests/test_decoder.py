@@ -102,7 +102,10 @@ def ours_from(model, ternary, act):
     c, layers = model.config, []
     for l in model.model.layers:
         a, m = l.self_attn, l.mlp
-        sub = [getattr(o, n).weight if hasattr(o, n) else None for o, n in ((a, "attn_sub_norm"), (m, "ffn_sub_norm"))]
+        sub = [
+            getattr(o, n).weight if hasattr(o, n) else None
+            for o, n in ((a, "attn_sub_norm"), (m, "ffn_sub_norm"))
+        ]
         q, k, v, o, gate, up, down = (
             ternary(p) for p in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
         )
@@ -148,7 +151,9 @@ def test_against_transformers(family, backend):
         want = model(ids).logits
         x, state = model.model.embed_tokens(ids), dec.state(3, 20)
         y = torch.cat([dec(x[:, :13], state, backend=backend), dec(x[:, 13:], state, backend=backend)], 1)
-        got = D.head(model.model.norm(y).flatten(0, 1), model.lm_head.weight, backend=backend).view(want.shape)
+        got = D.head(model.model.norm(y).flatten(0, 1), model.lm_head.weight, backend=backend).view(
+            want.shape
+        )
     close_but_for_roundings(got, want, 1e-5)
 
 
@@ -164,9 +169,28 @@ def test_equals_the_definition(size, dtype):
         states = [dec.state(batch, n + 3, dtype) for _ in range(2)]
         got, want = dec(x, states[0], backend="cpu"), dec(x, states[1], backend="reference")
         close_but_for_roundings(got, want, 1e-5)
-        (k, v), (k2, v2) = (s.of(0, batch - 1) for s in states)  # the first layer's have met no rounding that could differ
+        (k, v), (k2, v2) = (
+            s.of(0, batch - 1) for s in states
+        )  # the first layer's have met no rounding that could differ
         assert torch.equal(v, v2) and torch.equal(k, k2)
         assert states[0].lengths.tolist() == [n] * batch
+
+
+@built
+@pytest.mark.parametrize("dtype", D.DTYPES)
+def test_equals_the_definition_where_segments_are_joined(dtype):
+    "More keys than one softmax takes, by prompt and by single tokens; without sub-norms, which would hide a wrong sum of weights"
+    dec, x = make(SIZES[0], layers=1, sub_norms=False, act="silu"), tokens(1, 600, 20)
+    want = dec(x, dec.state(1, 600, dtype), backend="reference")
+    state = dec.state(1, 600, dtype)
+    whole = dec(x[:, :590], state, backend="cpu")
+    single = torch.cat([dec(x[:, i : i + 1], state, backend="cpu") for i in range(590, 600)], 1)
+    for got, part in (
+        (whole[:, 256:512], want[:, 256:512]),
+        (whole[:, 512:], want[:, 512:590]),
+        (single, want[:, 590:]),
+    ):
+        close_but_for_roundings(got, part, 1e-5)
 
 
 @built
@@ -228,7 +252,10 @@ def test_every_instruction_set_gives_the_same_bits(dtype):
             with cpu.level(level):
                 for path in T.paths():
                     state = dec.state(2, 30, dtype)
-                    y = [D.on_cpu(dec, o.contiguous(), state, None, None, o.shape[1], path, threads=3) for o in x.split([25, 1, 4], 1)]
+                    y = [
+                        D.on_cpu(dec, o.contiguous(), state, None, None, o.shape[1], path, threads=3)
+                        for o in x.split([25, 1, 4], 1)
+                    ]
                     y = torch.cat(y, 1)
                     want = y if want is None else want
                     assert torch.equal(y, want), (level, path, size)
@@ -240,7 +267,11 @@ def test_nan_and_infinity_stay_in_their_row(backend):
     want = dec(x, dec.state(3, 9), backend=backend)
     x[1, 4, 7], x[2, 8, 0] = torch.nan, torch.inf
     y = dec(x, dec.state(3, 9), backend=backend)
-    assert torch.equal(y[0], want[0]) and torch.equal(y[1, :4], want[1, :4]) and torch.equal(y[2, :8], want[2, :8])
+    assert (
+        torch.equal(y[0], want[0])
+        and torch.equal(y[1, :4], want[1, :4])
+        and torch.equal(y[2, :8], want[2, :8])
+    )
     assert y[1, 4:].isnan().all() and y[2, 8].isnan().all()
 
 
@@ -269,7 +300,18 @@ def test_nothing_in_nothing_out(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", D.DTYPES)
 def test_head(dtype, backend):
-    for m, vocab, d in [(1, 1, 1), (1, 5, 15), (3, 7, 17), (4, 9, 100), (7, 33, 64), (0, 5, 7), (2, 0, 5), (2, 5, 0), (9, 130, 31), (2, 8, 33)]:
+    for m, vocab, d in [
+        (1, 1, 1),
+        (1, 5, 15),
+        (3, 7, 17),
+        (4, 9, 100),
+        (7, 33, 64),
+        (0, 5, 7),
+        (2, 0, 5),
+        (2, 5, 0),
+        (9, 130, 31),
+        (2, 8, 33),
+    ]:
         x, w = tokens(m, d, seed=d), tokens(vocab, d, seed=m).to(dtype)
         for threads in (1, 2, 3):
             with math_threads(threads):
@@ -278,9 +320,14 @@ def test_head(dtype, backend):
             bound = (d + 2) * 2**-24 * (x.double().abs() @ w.double().abs().T)
             assert y.shape == (m, vocab) and y.dtype == torch.float32 and ((y - want).abs() <= bound).all()
             if backend == "cpu":
-                assert all(torch.equal(y[i : i + 1], D.head(x[i : i + 1], w, backend=backend)) for i in range(m))
+                assert all(
+                    torch.equal(y[i : i + 1], D.head(x[i : i + 1], w, backend=backend)) for i in range(m)
+                )
         strided = torch.stack([w, w], -1).flatten(1)[:, ::2]
-        assert torch.equal(D.head(x.T.contiguous().T, strided, backend=backend), D.head(x, w, backend=backend)) or backend == "reference"
+        assert (
+            torch.equal(D.head(x.T.contiguous().T, strided, backend=backend), D.head(x, w, backend=backend))
+            or backend == "reference"
+        )
 
 
 @built
@@ -498,6 +545,10 @@ def test_under_sanitizers(tmp_path):
     source = DRIVER.replace("PAD", str(D.WIDE))
     flags = ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     program = compiled(tmp_path, flags, driver=source, kernels=("machine", "ternary", "decoder"))
-    env = os.environ | {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "2"}
+    env = os.environ | {
+        "ASAN_OPTIONS": "detect_leaks=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+    }
     ran = subprocess.run([program], capture_output=True, text=True, env=env, timeout=120)
     assert ran.returncode == 0 and ran.stdout.endswith("wrong 0\n"), ran.stdout + ran.stderr
