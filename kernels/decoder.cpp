@@ -290,15 +290,15 @@ template <class T> struct Step {
 
     // what a chunk of tokens shares
     int64_t n = 0;
-    std::vector<Place> places;
-    std::vector<Run> runs;
-    std::vector<Item> items;
+    std::vector<Place> places = {};
+    std::vector<Run> runs = {};
+    std::vector<Item> items = {};
     bool split = false;        // attention is shared out by segments, whose results meet in `partials`
     int64_t segments = 0;      // of the longest row, if so
     float *x = nullptr, *qkv = nullptr, *attended = nullptr, *h = nullptr, *partials = nullptr;
     int8_t* q8 = nullptr;      // n x padded
     Token* tokens = nullptr;
-    Barrier barrier;
+    Barrier barrier = {};
 
     struct Own {  // what a thread has for itself
         int me, all;
