@@ -22,6 +22,7 @@ __all__ = [
     "from_rows",
     "from_transformers_bitnet",
     "save_transformers_bitnet",
+    "Engine",
 ]
 
 # %% ../../nbs/compression/bitnet.ipynb #55a8b963
@@ -451,3 +452,155 @@ def save_transformers_bitnet(
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     save_file(tensors, Path(folder, "model.safetensors"), {"format": "pt"})
+
+
+# %% ../../nbs/compression/bitnet.ipynb #30394843
+def _decoder(model):
+    "The layers of a packed model as one `Decoder`"
+    from lmlab.kernels.decoder import Decoder, Layer
+
+    config = model.config
+    rope = model.model.rotary_emb
+    if (
+        config.hidden_act not in ("relu2", "silu")
+        or rope.rope_type == "dynamic"
+        or rope.attention_scaling != 1
+    ):
+        raise ValueError(
+            f"model: hidden_act {config.hidden_act!r} with {rope.rope_type!r} positions; allowed are 'relu2' and 'silu', with fixed and unscaled angles"
+        )
+
+    def one(name, layer):
+        a, m = layer.self_attn, layer.mlp
+        projections = dict(
+            q=a.q_proj, k=a.k_proj, v=a.v_proj, o=a.o_proj, gate=m.gate_proj, up=m.up_proj, down=m.down_proj
+        )
+        for k, p in projections.items():
+            if (
+                not isinstance(p, PackedLinear)
+                or p.bias is not None
+                or (p.norm is not None and k not in ("o", "down"))
+            ):
+                raise ValueError(
+                    f"model: {k}_proj of {name} is {p}; allowed are packed layers without bias, with a norm only in o_proj and down_proj"
+                )
+        subs = {}
+        for k, own, p in (("attn_sub_norm", a, a.o_proj), ("ffn_sub_norm", m, m.down_proj)):
+            norm = getattr(own, k, p.norm)
+            subs[k] = None if norm is None else norm.weight
+        norms = dict(input_norm=layer.input_layernorm.weight, post_norm=layer.post_attention_layernorm.weight)
+        return Layer(**norms, **subs, **{k: p.packed for k, p in projections.items()})
+
+    layers = [one(f"layer {i}", l) for i, l in enumerate(model.model.layers)]
+    heads, kv_heads, width = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        model.model.layers[0].self_attn.head_dim,
+    )
+    return Decoder(layers, heads, kv_heads, width, rope.inv_freq, config.rms_norm_eps, config.hidden_act)
+
+
+class Engine:
+    "Generate with a ternary model on the CPU"
+
+    def __init__(
+        self,
+        model,  # of type BitNet or Llama; layers that are not packed yet are packed in a copy
+        cache_dtype: torch.dtype = torch.float32,  # of keys and values; bfloat16 halves them
+    ):
+        if getattr(getattr(model, "config", None), "model_type", None) not in ("bitnet", "llama"):
+            raise ValueError(
+                f"model: {type(model).__name__}; allowed are models of type 'bitnet' and 'llama'"
+            )
+        if any(isinstance(m, BitLinear) for m in model.modules()):
+            model = pack(copy.deepcopy(model))
+        self.model, self.cache_dtype = model, cache_dtype
+        self.decoder, self.vocab = _decoder(model), model.config.vocab_size
+        self.embed, self.norm, self.head = (
+            t.detach()
+            for t in (model.get_input_embeddings().weight, model.model.norm.weight, model.lm_head.weight)
+        )
+
+    def logits(
+        self,
+        x: list,  # of rows' new tokens, each a list of ids, at least one
+        state,  # what `self.decoder.state` made
+        rows: list,  # which rows of `state`
+    ) -> Tensor:  # rows vocab  float32, after the last token of each
+        "Append tokens to some rows and return what comes next"
+        from lmlab.kernels.decoder import head, rms_norm
+
+        ids, counts = torch.tensor([t for r in x for t in r]), [len(r) for r in x]
+        y = self.decoder(F.embedding(ids, self.embed).float(), state, rows, counts)
+        y = y[torch.tensor(counts).cumsum(0) - 1]
+        return head(rms_norm(y, self.norm.float(), self.decoder.eps), self.head)
+
+    @torch.no_grad()
+    def steps(
+        self,
+        prompts: list,  # of lists of ids, lengths may differ
+        max_new_tokens: int = 50,
+        do_sample: bool = False,  # else the most likely token
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        processors=(),  # further `LogitsProcessor`s of `transformers`
+        eos: int = None,  # ends a row; default: the model's
+        generator: torch.Generator = None,  # of the samples
+    ):  # yields a dict each step: row -> its new token
+        "One token for every row that has not ended"
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+        texts = [[int(t) for t in p] for p in prompts]
+        for i, p in enumerate(texts):
+            if not p or min(p) < 0 or max(p) >= self.vocab:
+                raise ValueError(
+                    f"prompts: row {i} has {len(p)} ids; allowed is one or more, each from 0 to {self.vocab - 1}"
+                )
+        if max_new_tokens < 1 or temperature <= 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"max_new_tokens, temperature, top_p: {max_new_tokens}, {temperature}, {top_p}; allowed are >= 1, > 0, and (0, 1]"
+            )
+        chain = LogitsProcessorList(processors)
+        if do_sample:
+            chain += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+            chain += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        eos = self.model.config.eos_token_id if eos is None else eos
+        ends, rows = {*(eos if isinstance(eos, (list, tuple)) else [eos])}, list(range(len(texts)))
+        state = self.decoder.state(len(texts), max(map(len, texts)) + max_new_tokens, self.cache_dtype)
+        fresh = texts
+        for _ in range(max_new_tokens):
+            z = self.logits(fresh, state, rows)
+            if chain:  # rows may differ in length, and a processor wants a rectangle
+                z = torch.cat([chain(torch.tensor([texts[r]]), z[i : i + 1]) for i, r in enumerate(rows)])
+            new = (
+                torch.multinomial(z.softmax(-1), 1, generator=generator)[:, 0] if do_sample else z.argmax(-1)
+            )
+            got = dict(zip(rows, new.tolist(), strict=True))
+            for r, t in got.items():
+                texts[r].append(t)
+            yield got
+            rows = [r for r, t in got.items() if t not in ends]
+            if not rows:
+                return
+            fresh = [[got[r]] for r in rows]
+
+    def generate(
+        self,
+        prompts: list,  # of lists of ids
+        **settings,  # of `steps`
+    ) -> list:  # of lists of new ids, the one that ended a row included
+        "All tokens of every row"
+        out = [[] for _ in prompts]
+        for got in self.steps(prompts, **settings):
+            for r, t in got.items():
+                out[r].append(t)
+        return out
+
+    def stream(
+        self,
+        prompt: list,  # ids
+        **settings,  # of `steps`
+    ):  # yields ids
+        "The tokens of one prompt, as they are made"
+        for got in self.steps([prompt], **settings):
+            yield got[0]
