@@ -23,6 +23,10 @@ __all__ = [
     "from_transformers_bitnet",
     "save_transformers_bitnet",
     "Engine",
+    "two_stage",
+    "TwoStage",
+    "packed_from_float",
+    "contracts",
 ]
 
 # %% ../../nbs/compression/bitnet.ipynb #55a8b963
@@ -604,3 +608,48 @@ class Engine:
         "The tokens of one prompt, as they are made"
         for got in self.steps([prompt], **settings):
             yield got[0]
+
+
+# %% ../../nbs/compression/bitnet.ipynb #de006b25
+def two_stage(
+    step: int,  # from 0
+    steps: int,  # length of the run
+    drop: float = 2 / 3,  # second peak over the first: 1e-3 after 1.5e-3
+) -> tuple[float, float]:  # factor on the learning rate, factor on the weight decay
+    "Linear decay to 0 that drops halfway, where weight decay ends"
+    late = 2 * step >= steps
+    return (1 - step / steps) * (drop if late else 1.0), 0.0 if late else 1.0
+
+
+class TwoStage(torch.optim.lr_scheduler.LambdaLR):
+    "`two_stage` for an optimiser, with linear warm-up"
+
+    def __init__(self, optimizer, steps, warmup=0):
+        self.steps, self.decays = steps, [g["weight_decay"] for g in optimizer.param_groups]
+        super().__init__(
+            optimizer, lambda i: two_stage(min(i, steps), steps)[0] * min(1, (i + 1) / (warmup + 1))
+        )
+
+    def step(self, *args):
+        super().step(*args)
+        of_decay = two_stage(self.last_epoch, self.steps)[1]
+        for g, decay in zip(self.optimizer.param_groups, self.decays, strict=True):
+            g["weight_decay"] = decay * of_decay
+
+
+# %% ../../nbs/compression/bitnet.ipynb #350ea357
+def packed_from_float(model):
+    "Ternary without training, for the checkers: what the formats keep, not what the model knows"
+    return pack(bitify(model))
+
+
+def contracts():
+    "What the shared checkers test"
+    return [
+        (
+            "compression",
+            "packed",
+            dict(compress=packed_from_float, restore=unpack, trains=False, reference=bitify),
+        ),
+        ("compression", "latent", dict(compress=bitify)),
+    ]
