@@ -98,7 +98,7 @@ def bit_linear(
     return _BitLinear.apply(x, w, bias, round_inputs)
 
 
-# %% ../../nbs/compression/bitnet.ipynb #69c9f94a
+# %% ../../nbs/compression/bitnet.ipynb #4d0e385e
 class BitLinear(nn.Linear):
     "A linear layer that trains latent weights and computes with ternary ones"
 
@@ -142,7 +142,7 @@ def _recorded(model):
 
 def bitify(
     model: nn.Module,  # any model of `nn.Linear` layers; changed in place, its weights become the latent ones
-    sub_norm: tuple = (),  # last parts of the names of layers that get an RMSNorm in front, e.g. ("o_proj", "down_proj")
+    sub_norm: tuple = (),  # layers that get an RMSNorm in front, e.g. ("o_proj", "down_proj")
     round_inputs: bool = True,  # activations in int8; False: weights only
     skip: tuple = ("lm_head",),  # layers that stay as they are
 ) -> nn.Module:  # the same model
@@ -189,7 +189,7 @@ def bitnet_config(
     return BitNetConfig(**(own | shape | kw))
 
 
-# %% ../../nbs/compression/bitnet.ipynb #e1e52580
+# %% ../../nbs/compression/bitnet.ipynb #31b52ce2
 class PackedLinear(nn.Module):
     "A ternary linear layer in 2 or 1.6 bits a weight; its inputs are rounded to int8"
 
@@ -231,7 +231,8 @@ def dense_codes(
     codes = (w.float() / beta.clamp(min=1e-30)).round()
     if n := int((w.float() != codes * beta).sum()):
         raise ValueError(
-            f"{name}: {n} of {w.numel()} values are none of -{beta:g}, 0, {beta:g}; train with `bitify`, or pack a model that is ternary"
+            f"{name}: {n} of {w.numel()} values are none of -{beta:g}, 0, {beta:g}; "
+            "train with `bitify`, or pack a model that is ternary"
         )
     return codes, beta
 
@@ -252,7 +253,7 @@ def pack(
         _finite(name, old.weight)
         if kind is BitLinear and not old.round_inputs:
             raise ValueError(
-                f"model: {name} was trained with inputs that are not rounded; packed layers round them to int8"
+                f"model: {name} was trained with its inputs not rounded; packed layers round them to int8"
             )
         with torch.no_grad():
             codes, beta = quantize_weight(old.weight) if kind is BitLinear else dense_codes(old.weight, name)
@@ -377,7 +378,7 @@ def from_rows(
     return _from_bytes(packed, (0, 2, 4, 6)).flatten(0, 1)
 
 
-# %% ../../nbs/compression/bitnet.ipynb #e16d4563
+# %% ../../nbs/compression/bitnet.ipynb #2275970c
 def from_transformers_bitnet(
     name,  # a folder, or a name on the Hub, e.g. "microsoft/bitnet-b1.58-2B-4T"
     dtype: torch.dtype = None,  # of everything but the ternary layers; default: the checkpoint's
@@ -442,7 +443,8 @@ def save_transformers_bitnet(
         if isinstance(m, PackedLinear):
             if m.norm is not None or m.out_features % 4:
                 raise ValueError(
-                    f"model: {name} has {m.out_features} outputs{' and a norm of its own' * (m.norm is not None)}; this layout takes multiples of 4, without norms"
+                    f"model: {name} has {m.out_features} outputs{' and a norm' * (m.norm is not None)}; "
+                    "this layout takes multiples of 4, without norms"
                 )
             del tensors[f"{name}.codes"], tensors[f"{name}.scale"]
             tensors[f"{name}.weight"] = to_rows(m.packed.unpack())
@@ -458,7 +460,7 @@ def save_transformers_bitnet(
     save_file(tensors, Path(folder, "model.safetensors"), {"format": "pt"})
 
 
-# %% ../../nbs/compression/bitnet.ipynb #30394843
+# %% ../../nbs/compression/bitnet.ipynb #f356ee09
 def _decoder(model):
     "The layers of a packed model as one `Decoder`"
     from lmlab.kernels.decoder import Decoder, Layer
@@ -471,7 +473,8 @@ def _decoder(model):
         or rope.attention_scaling != 1
     ):
         raise ValueError(
-            f"model: hidden_act {config.hidden_act!r} with {rope.rope_type!r} positions; allowed are 'relu2' and 'silu', with fixed and unscaled angles"
+            f"model: hidden_act {config.hidden_act!r} with {rope.rope_type!r} positions; "
+            "allowed are 'relu2' and 'silu', with fixed and unscaled angles"
         )
 
     def one(name, layer):
@@ -486,7 +489,8 @@ def _decoder(model):
                 or (p.norm is not None and k not in ("o", "down"))
             ):
                 raise ValueError(
-                    f"model: {k}_proj of {name} is {p}; allowed are packed layers without bias, with a norm only in o_proj and down_proj"
+                    f"model: {k}_proj of {name} is {p}; allowed are packed layers without bias, "
+                    "with a norm only in o_proj and down_proj"
                 )
         subs = {}
         for k, own, p in (("attn_sub_norm", a, a.o_proj), ("ffn_sub_norm", m, m.down_proj)):
@@ -558,11 +562,12 @@ class Engine:
         for i, p in enumerate(texts):
             if not p or min(p) < 0 or max(p) >= self.vocab:
                 raise ValueError(
-                    f"prompts: row {i} has {len(p)} ids; allowed is one or more, each from 0 to {self.vocab - 1}"
+                    f"prompts: row {i} has {len(p)} ids; allowed are one or more, from 0 to {self.vocab - 1}"
                 )
         if max_new_tokens < 1 or temperature <= 0 or not 0 < top_p <= 1:
             raise ValueError(
-                f"max_new_tokens, temperature, top_p: {max_new_tokens}, {temperature}, {top_p}; allowed are >= 1, > 0, and (0, 1]"
+                f"max_new_tokens, temperature, top_p: {max_new_tokens}, {temperature}, {top_p}; "
+                "allowed are >= 1, > 0, and (0, 1]"
             )
         chain = LogitsProcessorList(processors)
         if do_sample:
