@@ -98,7 +98,7 @@ def bit_linear(
     return _BitLinear.apply(x, w, bias, round_inputs)
 
 
-# %% ../../nbs/compression/bitnet.ipynb #4d0e385e
+# %% ../../nbs/compression/bitnet.ipynb #31faf7d3
 class BitLinear(nn.Linear):
     "A linear layer that trains latent weights and computes with ternary ones"
 
@@ -132,11 +132,15 @@ def _finite(name, w):
 def _recorded(model):
     "The model, with what `from_pretrained` needs to build its layers again written into its config"
     kinds = {n: m.ternary_kind() for n, m in model.named_modules() if hasattr(m, "ternary_kind")}
-    if hasattr(model, "config"):
-        if kinds:
-            model.config.quantization_config = TernaryConfig(kinds).to_dict()
-        elif hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+    config, quantizer = getattr(model, "config", None), getattr(model, "hf_quantizer", None)
+    if kinds and quantizer is not None:  # of a model that was loaded
+        quantizer.quantization_config = TernaryConfig(kinds)
+    elif quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    if kinds and config is not None:
+        config.quantization_config = TernaryConfig(kinds).to_dict()
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
     return model
 
 
