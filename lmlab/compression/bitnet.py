@@ -98,11 +98,19 @@ def bit_linear(
     return _BitLinear.apply(x, w, bias, round_inputs)
 
 
-# %% ../../nbs/compression/bitnet.ipynb #31faf7d3
+# %% ../../nbs/compression/bitnet.ipynb #1612baa0
 class BitLinear(nn.Linear):
     "A linear layer that trains latent weights and computes with ternary ones"
 
-    def __init__(self, in_features, out_features, bias=False, norm=None, round_inputs=True, **kw):
+    def __init__(
+        self,
+        in_features: int,  # inputs
+        out_features: int,  # outputs
+        bias: bool = False,  # stays in full precision
+        norm: nn.Module = None,  # in front of the rounding
+        round_inputs: bool = True,  # False: ternary weights only
+        **kw,  # device and dtype of the latent weights
+    ):
         super().__init__(in_features, out_features, bias, **kw)
         self.norm, self.round_inputs = norm, round_inputs
 
@@ -172,11 +180,11 @@ def bitify(
     return _recorded(model)
 
 
-# %% ../../nbs/compression/bitnet.ipynb #4b6c5235
+# %% ../../nbs/compression/bitnet.ipynb #08231cb9
 def bitnet_config(
-    hidden_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
+    hidden_size: int,  # d
+    num_hidden_layers: int,  # blocks
+    num_attention_heads: int,  # of queries, keys and values
     **kw,  # any field of `transformers.BitNetConfig`
 ):  # a `BitNetConfig` over bytes, its head tied to the embeddings
     "A small model in `transformers`' BitNet layout"
@@ -193,11 +201,16 @@ def bitnet_config(
     return BitNetConfig(**(own | shape | kw))
 
 
-# %% ../../nbs/compression/bitnet.ipynb #31b52ce2
+# %% ../../nbs/compression/bitnet.ipynb #5df0c38d
 class PackedLinear(nn.Module):
     "A ternary linear layer in 2 or 1.6 bits a weight; its inputs are rounded to int8"
 
-    def __init__(self, packed, bias=None, norm=None):
+    def __init__(
+        self,
+        packed: PackedTernary,  # weights and scale
+        bias: Tensor = None,  # out
+        norm: nn.Module = None,  # in front of the rounding
+    ):
         super().__init__()
         self.in_features, self.out_features, self.format = (
             packed.in_features,
@@ -619,7 +632,7 @@ class Engine:
             yield got[0]
 
 
-# %% ../../nbs/compression/bitnet.ipynb #de006b25
+# %% ../../nbs/compression/bitnet.ipynb #97d48eca
 def two_stage(
     step: int,  # from 0
     steps: int,  # length of the run
@@ -633,7 +646,12 @@ def two_stage(
 class TwoStage(torch.optim.lr_scheduler.LambdaLR):
     "`two_stage` for an optimiser, with linear warm-up"
 
-    def __init__(self, optimizer, steps, warmup=0):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,  # its rates are the peaks, its weight decay that of the first half
+        steps: int,  # length of the run
+        warmup: int = 0,  # steps
+    ):
         self.steps, self.decays = steps, [g["weight_decay"] for g in optimizer.param_groups]
         super().__init__(
             optimizer, lambda i: two_stage(min(i, steps), steps)[0] * min(1, (i + 1) / (warmup + 1))
