@@ -243,7 +243,12 @@ struct Group {  // what is known of L queries so far
     V sum[L];  // of exp2((score - top) * c), by lanes of keys
 };
 
-[[maybe_unused]] LMLAB_INLINE V pairs(V a, V b);  // to bfloat16, those of a before those of b
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"  // only paths with dot products of pairs define these
+LMLAB_INLINE V pairs(V a, V b);  // to bfloat16, those of a before those of b
+LMLAB_INLINE V low_pairs(V a, V b);  // the first 4 of each 8 bfloat16 of a and b
+LMLAB_INLINE V high_pairs(V a, V b);  // the last 4
+#pragma GCC diagnostic pop
 
 LMLAB_INLINE void write_weights(float* to, V a, V b) {  // two vectors of weights as units
     if constexpr (STEP == 2) put(to, pairs(a, b));
@@ -418,8 +423,6 @@ template <class T> LMLAB_INLINE Copy<T> first(const T* p, int64_t n) {  // zeros
     memcpy((void*)c.of, p, n * sizeof(T));
     return c;
 }
-[[maybe_unused]] LMLAB_INLINE V low_pairs(V a, V b);  // of the first 4 of each 8 bfloat16 of a and b
-[[maybe_unused]] LMLAB_INLINE V high_pairs(V a, V b);  // of the last 4
 LMLAB_INLINE int64_t place(const float*, int64_t i) { return i; }  // where number i of a row of values ends up
 LMLAB_INLINE int64_t place(const bf16*, int64_t i) {
     const int64_t from = i / (2 * L) * 2 * L, at = i % (2 * L);

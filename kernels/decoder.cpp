@@ -302,9 +302,9 @@ template <class T> struct Step {
 
     struct Own {  // what a thread has for itself
         int me, all;
-        int8_t* q8;  // the int8 values that it reads: its own where there is one token, so that nobody waits for it
-        Token* tokens;
-        float *normed, *p, *out, *parts;
+        int8_t* q8 = nullptr;  // the int8 values that it reads: its own where there is one token, so that nobody waits for it
+        Token* tokens = nullptr;
+        float *normed = nullptr, *p = nullptr, *out = nullptr, *parts = nullptr;
     };
 
     int64_t own_bytes() const {
