@@ -552,3 +552,35 @@ def test_under_sanitizers(tmp_path):
     }
     ran = subprocess.run([program], capture_output=True, text=True, env=env, timeout=120)
     assert ran.returncode == 0 and ran.stdout.endswith("wrong 0\n"), ran.stdout + ran.stderr
+
+
+def test_llama_cpp_says_the_same(tmp_path):
+    "Another program on the same file: what llama.cpp's rounding of activations and its float16 leave between them"
+    pytest.importorskip("llama_cpp", reason="extra `bench`")
+    from lmlab.kernels import peers
+
+    torch.manual_seed(0)
+    d, f, heads, kv, vocab, n = 256, 512, 4, 2, 300, 40
+    sizes = dict(q=(d, d), k=(d // 2, d), v=(d // 2, d), o=(d, d), gate=(f, d), up=(f, d), down=(d, f))
+    norms = dict(input_norm=d, attn_sub_norm=d, post_norm=d, ffn_sub_norm=f)
+    codes = [{k: torch.randint(-1, 2, s, dtype=torch.int8) for k, s in sizes.items()} for _ in range(3)]
+    gains = [{k: 1 + 0.1 * torch.randn(s) for k, s in norms.items()} for _ in codes]
+    embedding = torch.randn(vocab, d) * 0.5
+    ids = torch.randint(3, vocab, (n,))
+    dense = [{k: w * 0.03125 for k, w in c.items()} | g for c, g in zip(codes, gains, strict=True)]
+    peers.write_gguf(tmp_path / "F16.gguf", dense, embedding, heads, kv)
+    layers = [D.Layer(**{k: pack(w, 0.03125) for k, w in c.items()}, **g) for c, g in zip(codes, gains, strict=True)]
+    freq = 1e4 ** -(torch.arange(0, d // heads, 2) / (d // heads))
+    dec = D.Decoder(layers, heads, kv, d // heads, freq, act="silu")
+    y = dec(embedding[ids][None], dec.state(1, n))[0, -1:]
+    want = D.head(D.rms_norm(y, torch.ones(d), 1e-5), embedding)[0]
+    for type, bound in (("F16", 0.05), ("TQ2_0", 0.05), ("Q4_0", 0.5)):
+        path = tmp_path / f"{type}.gguf"
+        if type != "F16":
+            peers.quantise(tmp_path / "F16.gguf", path, type)
+        other = peers.LlamaCpp(path, threads=1, context=64)
+        got = other.feed(ids[:30].tolist()), other.feed(ids[30:].tolist())
+        other.clear()
+        assert torch.allclose(other.feed(ids.tolist()), got[1], rtol=0.05, atol=0.05)
+        other.close()
+        assert ((got[1] - want).norm() / want.norm()) < bound, type

@@ -32,14 +32,16 @@ import math
 import os
 import random
 import statistics
+import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .chapter import cpu_name
 from .ledger import cache_dir, markdown_table, results_dir, write_json
@@ -696,9 +698,8 @@ def report(
                     min(timing.seconds[ours]),
                 )  # best of its rounds, as the ceilings are
         if points:
-            from matplotlib import rc_context
-
             from lmlab.core.plots import roofline
+            from matplotlib import rc_context
 
             measured = {(r["limit"], r["dtype"]) for r in limits.rows if r["device"] == "cpu"}
             dtype = dtype if ("peak", dtype) in measured else "float32"
