@@ -336,7 +336,14 @@ def on_cpu(x, codes, scale, bias, rows, inputs, format, path=None):
     return y
 
 
-LINEAR = Operation("ternary_linear", reference, on_cpu, dtypes=DTYPES)
+def on_triton(*args):
+    "As `reference`, in Triton"
+    from lmlab.kernels import ternary_triton
+
+    return ternary_triton.on_triton(*args)
+
+
+LINEAR = Operation("ternary_linear", reference, on_cpu, on_triton, dtypes=DTYPES)
 
 
 @torch.library.custom_op("lmlab::ternary_linear", mutates_args=())

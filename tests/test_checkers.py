@@ -1,5 +1,6 @@
 """Every checker passes a healthy subject and catches, by name, a twin broken on purpose: one for each of its checks."""
 
+import copy
 import json
 import random
 
@@ -26,11 +27,13 @@ from lmlab.core.check import (
     check_attention,
     check_cache,
     check_causal_lm,
+    check_compression,
     check_decoder,
     check_distillation,
     check_kernel,
     check_loader,
     softmax_attention,
+    stir,
     tiny_llama,
 )
 
@@ -57,6 +60,7 @@ def test_every_check_has_a_twin():
         (check.kernel, KERNELS),
         (check.loader, LOADERS),
         (check.adapter, ADAPTERS),
+        (check.compression, COMPRESSIONS),
         (check.processor_kind, PROCESSORS),
         (check.loop_kind, LOOPS),
         (check.distillation, LOSSES),
@@ -1115,6 +1119,233 @@ def test_a_broken_adapter_is_caught(run, name):
 def test_a_healthy_adapter_passes():
     report = check_adapter(Rank(), options=({}, dict(r=3)), bad=BAD, label="low rank")
     assert not report.of("n/a"), report
+
+
+# -- compression -----------------------------------------------------------------------------------------------------
+
+
+class Coded(nn.Module):
+    "Weights as -1, 0 and 1 in int8, and a scale that trains"
+
+    def __init__(self, base):
+        super().__init__()
+        self.take(base.weight.detach())
+        self.bias = base.bias
+
+    def take(self, w):
+        self.scale = nn.Parameter(w.abs().mean(-1, keepdim=True))
+        self.register_buffer("codes", (w / self.scale.detach()).round().clamp(-1, 1).to(torch.int8))
+
+    @property
+    def weight(self):
+        return self.codes.to(self.scale.dtype) * self.scale
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Shrink:
+    "The compression under test; each method can be replaced by a broken one"
+
+    layer = Coded
+
+    def layers(self, model):
+        head = model.get_output_embeddings()
+        return [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+
+    def look(self, model):
+        if bad := [n for n, m in self.layers(model) if not m.weight.isfinite().all()]:
+            raise ValueError(f"model: {bad[0]} holds weights that are not finite")
+
+    def compress(self, model):
+        self.look(model)
+        for n, m in self.layers(model):
+            model.set_submodule(n, self.layer(m))
+        return model
+
+    def dense(self, m, weight):
+        new = nn.Linear(*weight.shape[::-1], m.bias is not None, device="meta")
+        new.weight, new.bias = nn.Parameter(weight.detach()), m.bias
+        return new
+
+    def restore(self, model):
+        for n, m in list(model.named_modules()):
+            if isinstance(m, Coded):
+                model.set_submodule(n, self.dense(m, m.weight))
+        return model
+
+    def reference(self, model):
+        for n, m in self.layers(model):
+            model.set_submodule(n, self.dense(m, Coded(m).weight))
+        return model
+
+    def load(self, path):
+        config = AutoConfig.from_pretrained(path)
+        model = self.compress(stir(AutoModelForCausalLM.from_config(config, dtype=config.dtype), 9))
+        tensors = load_file(path / "model.safetensors")  # GPT-NeoX has another name for its head in files
+        tensors = {k.replace("embed_out", "lm_head"): v for k, v in tensors.items()}
+        lost = model.load_state_dict(tensors, strict=False)
+        assert not lost.unexpected_keys and set(lost.missing_keys) <= {"lm_head.weight"}, lost
+        model.tie_weights()
+        return model
+
+
+def shrink(layer=None, trains=True, **methods):
+    "A run of the checker over the compression with these parts replaced"
+    if layer:
+        methods["layer"] = type("BrokenCoded", (Coded,), layer)
+    c = broken(Shrink, **methods)()
+    given = dict(load=c.load, restore=c.restore, reference=c.reference, saved=0.8, trains=trains)
+    return lambda **only: check_compression(c.compress, **given, **{"dtypes": F32, **only})
+
+
+def coded(change):
+    "A layer whose output is changed"
+    return {"forward": lambda self, x: change(Coded.forward(self, x), x)}
+
+
+def then(change):
+    "A compression that does something more"
+
+    def compress(self, model):
+        out = change(Shrink.compress(self, model))
+        return model if out is None else out
+
+    return compress
+
+
+def loses_the_scale(self, base):
+    Coded.__init__(self, base)
+    self.scale.requires_grad_(False)
+    self.seen = base.weight.detach().abs().mean(-1, keepdim=True)
+
+
+def own_half(self, x):
+    "The scale is a plain attribute, which no file and no state dict holds"
+    return F.linear(x, self.codes.to(x.dtype) * self.seen.to(x.dtype), self.bias)
+
+
+def whole_batch(y, x):
+    return y * (1 + 1e-3 * x.abs().amax())
+
+
+def rolls(model):
+    "Scales found by a draw"
+    for m in model.modules():
+        if isinstance(m, Coded):
+            m.scale.data.mul_(1 + random.random())
+
+
+def unties(model):
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+def halves_norms(model):
+    for m in model.modules():
+        if "Norm" in type(m).__name__:
+            m.weight.data.mul_(0.5)
+
+
+def renames_a_field(self, path):
+    model = Shrink.load(self, path)
+    model.config.hidden_act = "relu"
+    return model
+
+
+def wraps_again(self, model):
+    for m in model.modules():
+        if isinstance(m, Coded):
+            m.take(m.weight.detach() * 0.7)
+    return Shrink.compress(self, model)
+
+
+def one_by_one(self, model):
+    for n, m in self.layers(model):
+        if not m.weight.isfinite().all():
+            raise ValueError(f"{n} is not finite")
+        model.set_submodule(n, Coded(m))
+    return model
+
+
+def grows(y, x):
+    return y * (1 + 1e-3 * x.shape[1])
+
+
+class Once(Coded):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1 + 1e-3 * self.calls)
+
+
+def frozen(self, base):
+    Coded.__init__(self, base)
+    self.scale.requires_grad_(False)
+
+
+def has_a_dead_weight(self, base):
+    Coded.__init__(self, base)
+    self.unused = nn.Parameter(torch.zeros(3))
+
+
+def keeps_the_dense_weight(self, base):
+    Coded.__init__(self, base)
+    self.register_buffer("dense", base.weight.detach().clone())
+
+
+def shares_on_copy(self, memo):
+    return self
+
+
+def transposes(self, m, weight):
+    return Shrink.dense(self, m, -weight)
+
+
+def not_rounded(self, model):
+    return model
+
+
+COMPRESSIONS = [
+    (shrink(compress=then(copy.deepcopy)), "the_given_model_is_returned"),
+    (shrink(layers=lambda self, model: []), "linear_layers_are_replaced"),
+    (shrink(compress=then(halves_norms)), "embeddings_norms_and_head_stay"),
+    (shrink(layers=lambda self, m: [(n, o) for n, o in m.named_modules() if type(o) is nn.Linear]), "embeddings_norms_and_head_stay"),
+    (shrink(compress=then(rolls)), "compression_repeats"),
+    (shrink(compress=then(unties)), "tied_embeddings_stay_tied"),
+    (shrink(compress=wraps_again), "compressing_twice_is_once"),
+    (shrink(look=lambda self, model: None), "weights_that_are_not_finite_are_refused"),
+    (shrink(compress=one_by_one), "weights_that_are_not_finite_are_refused"),
+    (shrink(coded(lambda y, x: y.double())), "logits_are_finite"),
+    (shrink(coded(lambda y, x: F.dropout(y, 0.1))), "same_bits_every_call"),
+    (shrink(layer=dict(vars(Once))), "no_state_between_calls"),
+    (shrink(coded(lambda y, x: y * (1 + 1e-3 * x.abs().amax(-2, keepdim=True)))), "no_token_sees_its_future"),
+    (shrink(coded(grows)), "greedy_with_and_without_cache"),
+    (shrink(reference=not_rounded), "logits_equal_the_reference"),
+    (shrink(coded(whole_batch)), "rows_do_not_meet"),
+    (shrink(dict(__init__=loses_the_scale, forward=own_half)), "a_saved_model_comes_back"),
+    (shrink(load=renames_a_field), "the_config_comes_back"),
+    (shrink(dict(__init__=keeps_the_dense_weight)), "saved_size_is_as_promised"),
+    (shrink(dict(__init__=loses_the_scale, forward=own_half)), "a_state_dict_carries_the_model"),
+    (shrink(dict(__deepcopy__=shares_on_copy)), "a_copy_shares_nothing"),
+    (shrink(dense=transposes), "restoring_gives_dense_layers"),
+    (shrink(restore=lambda self, model: model), "restoring_gives_dense_layers"),
+    (shrink(coded(lambda y, x: y.detach())), "gradients_reach_the_inputs"),
+    (shrink(dict(__init__=frozen)), "replaced_layers_learn"),
+    (shrink(dict(__init__=has_a_dead_weight)), "replaced_layers_learn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run,name", COMPRESSIONS)
+def test_a_broken_compression_is_caught(run, name):
+    caught(run, name)
+
+
+def test_a_healthy_compression_passes():
+    report = shrink()(dtypes=None)
+    assert not report.of("n/a"), report
+    assert "2 q_proj" in str(report) and "2 query_key_value" in str(report)
 
 
 # -- decoding --------------------------------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 """Ternary linear layers: exact against int64, the same bits from every path, and refusals that name what was wrong."""
 
+import gc
+import itertools
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from lmlab.kernels import Fallback, cpu
+from lmlab.kernels import Fallback, absent, cpu
 from lmlab.kernels import ternary as T
 from safetensors.torch import load_file, save_file
 from torch.library import opcheck
@@ -18,6 +21,10 @@ SHAPES = [  # rows, inputs: a tile is 32 rows, a step 16 or 20 inputs
     (1, 1), (1, 16), (31, 15), (32, 20), (33, 17), (64, 19), (65, 21), (47, 80), (2, 161), (100, 257), (0, 5), (5, 0), (129, 64)
 ]  # fmt: skip
 TOKENS = (0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 24, 25)
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(
+    not interpreted or absent("triton", "cpu") is not None, reason="Triton's interpreter is not there"
+)
 needs_library = pytest.mark.skipif(not PATHS, reason="the C++ library is not there")
 
 
@@ -312,6 +319,104 @@ def test_without_the_library(monkeypatch):
         assert torch.equal(T.linear(x, p), want)
     with pytest.raises(RuntimeError, match="bench: .*C\\+\\+ library"):
         T.bench(quick=True)
+
+
+@needs_triton
+def test_triton_gives_the_same_bits():
+    g = torch.Generator().manual_seed(2)
+    shapes = [(1, 1, 1), (33, 17, 2), (33, 17, 8), (70, 80, 9), (0, 5, 3), (5, 0, 1), (5, 0, 9), (9, 30, 0)]
+    shapes += [
+        (40, 3000, 1),
+        (40, 2500, 3),
+        (129, 64, 33),
+        (300, 40, 17),
+    ]  # several programs share a row, or a token
+    for i, (rows, inputs, tokens) in enumerate(shapes):
+        for j, (format, dtype) in enumerate(itertools.product(FORMATS, T.DTYPES)):
+            scale = torch.randn(rows, generator=g) if (i + j) % 3 else torch.tensor([0.37])
+            bias = torch.randn(rows, generator=g) if (i + j) % 3 == 1 else None
+            p = T.pack(weights(rows, inputs, i), scale, format)
+            x = (3 * torch.randn(tokens, inputs, generator=g)).to(dtype)
+            got, want = (T.linear(x, p, bias, backend=b) for b in ("triton", "reference"))
+            assert torch.equal(got, want), (rows, inputs, tokens, format, dtype, got - want)
+    assert T.LINEAR.pick("triton", "cpu", torch.bfloat16) == ("triton", T.on_triton)
+
+
+@needs_triton
+def test_triton_at_the_ends_of_the_range():
+    n = 2**13
+    w = torch.ones(2, n, dtype=torch.int8)
+    w[1] = -1
+    p = T.pack(w, 127.0, "2bit")
+    for tokens in (1, 9):
+        x = torch.ones(tokens, n)
+        assert torch.equal(T.linear(x, p, backend="triton"), T.linear(x, p, backend="reference"))
+    x = torch.randn(10, 40)
+    x[0] = 0
+    x[1] *= 1e-7
+    x[2] *= 1e30
+    x[3, 7], x[4, 0], x[5, 39] = torch.nan, torch.inf, -torch.inf
+    x[6] = torch.linspace(-127, 127, 40).round() + 0.5
+    p = T.pack(weights(33, 40), 2.0)
+    for dtype in T.DTYPES:
+        for rows in (x.to(dtype), x[2:7].to(dtype).T.contiguous().T):
+            got, want = (T.linear(rows, p, backend=b) for b in ("triton", "reference"))
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+@needs_triton
+def test_triton_packs_five_weights_a_byte_anew_once():
+    from lmlab.kernels import ternary_triton as K
+
+    p, x = T.pack(weights(40, 50), 1.0, "1.6bit"), torch.randn(2, 50)
+    kept = len(K._twice)
+    T.linear(x, p, backend="triton")
+    made = K._twice[p.codes][1]
+    T.linear(x, p, backend="triton")
+    assert K._twice[p.codes][1] is made and len(K._twice) == kept + 1
+    p.codes.copy_(T.pack(weights(40, 50, 1), 1.0, "1.6bit").codes)  # as loading a checkpoint does
+    assert torch.equal(T.linear(x, p, backend="triton"), T.linear(x, p, backend="reference"))
+    del p
+    gc.collect()
+    assert len(K._twice) == kept
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lmlab.kernels import ternary_triton as K
+
+def code(kernel, numbers, **constants):
+    "PTX of a kernel: the name of an argument says what it points to"
+    types = dict(x="*bf16", y="*bf16", q="*i8", codes="*u8", parts="*i32", total="*i32") | numbers
+    types |= dict.fromkeys(("ratio", "scale", "bias"), "*fp32") | dict.fromkeys(constants, "constexpr")
+    names = kernel.arg_names
+    types = {n: types.get(n, "i32") for n in names}
+    places = {(names.index(n),): v for n, v in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n][0] == "*"}
+    source = ASTSource(kernel, types, places, aligned)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=dict(enable_fp_fusion=False)).asm
+
+both, words = dict(SCALES=True, BIAS=True), dict(q="*i32", codes="*i32")
+assert "fma" not in code(K._quantize, {}, BLOCK=1024)["ptx"]
+few = code(K._few, words, N=1, S=64, SPLIT=False, DP4A=True, **both)["ptx"]
+assert few.count("dp4a.u32.s32") == 64 and "ld.global.v4" in few and "fma" not in few
+many = code(K._many, {}, R=128, N=64, S=16, **both)
+assert "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8" in many["ptx"] and "fma.rn" not in many["ptx"]
+code(K._join, {}, BLOCK=256, **both)
+"""
+
+
+@pytest.mark.skipif(absent("triton", "cuda") is not None, reason="Triton is not there")
+def test_triton_compiles_for_a_gpu():
+    "For an H100 or H200, without one: four-byte dot products, matrix units in int8, nothing fused that rounds"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 DRIVER = r"""

@@ -17,6 +17,7 @@ __all__ = [
     "loader",
     "CLEAR",
     "adapter",
+    "compression",
     "processor_kind",
     "loop_kind",
     "distillation",
@@ -49,6 +50,9 @@ __all__ = [
     "AdapterCase",
     "check_adapter",
     "tiny_llama",
+    "CompressionCase",
+    "check_compression",
+    "tiny_neox",
     "chi_square",
     "check_decoder",
     "check_distillation",
@@ -179,6 +183,8 @@ class Report:
             n = {s: sum(r.status == s for r in runs) for s in ("passed", "failed", "n/a")}
             worst = max((r.number for r in runs if r.number is not None), default=None)
             why = next((r.note for r in runs if r.status == "n/a"), "") if n["n/a"] else about
+            notes = dict.fromkeys(r.note for r in runs if r.status == "passed" and r.note)
+            why += f": {'; '.join(notes)}" if notes else ""
             yield dict(
                 check=name, runs=len(runs), **n, worst=worst, seconds=sum(r.seconds for r in runs), about=why
             )
@@ -285,7 +291,8 @@ def _outcome(fn, case, values, reason, seed):
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             number = fn(case(**values))
-        return "passed", "", float(number) if isinstance(number, int | float) else None
+        note = number if isinstance(number, str) else ""
+        return "passed", note, float(number) if isinstance(number, int | float) else None
     except NotApplicable as e:
         return "n/a", str(e), None
     except AssertionError as e:
@@ -2762,6 +2769,347 @@ def _bad_adapter_settings_are_refused(c):
     return len(c.bad)
 
 
+# %% ../../nbs/core/check.ipynb #ba9c5874
+compression = Kind("compression", model=("llama", "gpt_neox"), dtype=(torch.float32, torch.bfloat16))
+
+
+class CompressionCase(LMCase):
+    "A stock model and the functions that compress it"
+
+    def at(self, dtype):
+        return super().at(dtype, "sdpa", "whole", "full")
+
+    def compressed(self, **changes):
+        "A newly built and compressed model; `changes` are config fields"
+        return self.compress(self.fresh(**changes)).eval()
+
+    @property
+    def model(self):
+        return self.once(("compressed", self.dtype), self.compressed)
+
+    @property
+    def replaced(self):
+        return self.once("replaced", self.compare)
+
+    def compare(self):
+        "Names of the linear layers that became other modules, or hold other weights"
+        now, linear = dict(self.model.named_modules()), torch.nn.Linear
+        same = lambda m, o: type(o) is type(m) and torch.equal(o.weight, m.weight)
+        return [
+            n for n, m in self.fresh().named_modules() if isinstance(m, linear) and not same(m, now.get(n))
+        ]
+
+    def load(self, path):
+        "Load the way a user does, into memory full of NaN"
+        with poisoned_memory(), quiet():
+            return self.reads(path).eval()
+
+    @property
+    def reloaded(self):
+        return self.once(("reloaded", self.dtype), lambda: self.load(self.save(self.model)))
+
+
+def check_compression(
+    compress,  # model -> model, in place, on any causal language model of `transformers`
+    *,
+    load=None,  # path -> model, from what `save_pretrained` of a compressed model wrote; default: AutoModelForCausalLM
+    restore=None,  # compressed model -> model with dense linear layers; None: there is no way back
+    exact: bool = False,  # `restore` gives back the very weights
+    config=None,  # of the model to compress; default: a tiny Llama, then a tiny GPT-NeoX
+    reference=None,  # dense model -> model whose logits the compressed one must have
+    saved: float
+    | None = None,  # largest size of the saved tensors, over that of the dense ones in bfloat16; None: no promise
+    trains: bool = True,  # every replaced layer still learns
+    slack: float = 1.0,  # multiplies the tolerance, see `tolerance`
+    dtypes: tuple | None = None,
+    label: str = "",
+    only: tuple = (),
+    skip: dict | None = None,
+    seed: int = 0,
+) -> Report:  # raises `ContractError` when a check fails
+    "What may be asked of a model whose linear layers were replaced by smaller ones"
+    from transformers import AutoModelForCausalLM
+
+    dtypes = tuple(dtypes or compression.axes["dtype"])
+    given = dict(compress=compress, restore=restore, exact=exact, reference=reference)
+    given |= dict(saved=saved, trains=trains)
+    given["reads"] = load or (lambda path: AutoModelForCausalLM.from_pretrained(path, local_files_only=True))
+    cases = {}
+    for c in (tiny_llama(), tiny_neox()) if config is None else (config,):
+        case = CompressionCase(c, batch=5, slack=slack, attentions=("sdpa",), dtypes=dtypes, seed=seed)
+        vars(case).update(given)
+        cases[c.model_type] = case
+    label = label or getattr(compress, "__name__", "compression")
+    with quiet():
+        at = lambda model, dtype: cases[model].at(dtype)
+        return compression.run(at, label, only, skip, seed, model=tuple(cases), dtype=dtypes)
+
+
+def tiny_neox(
+    **changes,  # config fields
+):  # GPTNeoXConfig
+    "Another stock model: one matrix for queries, keys and values, biases everywhere, a head of another name"
+    from transformers import GPTNeoXConfig
+
+    sizes = dict(
+        vocab_size=61, hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3
+    )
+    special = dict(max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return GPTNeoXConfig(**sizes | special | changes)
+
+
+# %% ../../nbs/core/check.ipynb #b6e0bb32
+@compression("model", "dtype")
+def _the_given_model_is_returned(c):
+    "compress works in place and returns the model that it was given"
+    model = c.fresh()
+    assert c.compress(model) is model, "another model came back"
+
+
+@compression("model")
+def _linear_layers_are_replaced(c):
+    "at least one linear layer becomes another; the report names them"
+    assert c.replaced, "every linear layer is as it was"
+    inside = [n.split(".")[-1] for n in c.replaced]
+    return ", ".join(f"{inside.count(n)} {n}" for n in dict.fromkeys(inside))
+
+
+@compression("model", "dtype")
+def _embeddings_norms_and_head_stay(c):
+    "embeddings, norms and the head are the modules they were, with the bits they had"
+    model = c.fresh()
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    kept = {n: m for n, m in model.named_modules() if m in ends or "norm" in type(m).__name__.lower()}
+    was = {n: copy.deepcopy(m.state_dict()) for n, m in kept.items()}
+    now = dict(c.compress(model).named_modules())
+    for n, m in kept.items():
+        assert now.get(n) is m, f"{n} is another module"
+        assert _equal(dict(m.state_dict()), dict(was[n])), f"{n} has other weights"
+
+
+@compression("model", "dtype")
+def _compression_repeats(c):
+    "equal models become equal models, to the bit"
+    a, b = c.model.state_dict(), c.compressed().state_dict()
+    assert a.keys() == b.keys(), f"other names: {sorted(a.keys() ^ b.keys())[:4]}"
+    odd = [k for k in a if not _same_bits(a[k], b[k])]
+    assert not odd, f"{odd[:4]} differ"
+
+
+@compression("model", "dtype")
+def _tied_embeddings_stay_tied(c):
+    "embedding and head share one tensor after compression and after loading when the config says so, and else do not"
+    for tie in (True, False):
+        model = c.compressed(tie_word_embeddings=tie)
+        for which, m in (("compressed", model), ("loaded", c.load(c.save(model)))):
+            i, o = m.get_input_embeddings().weight, m.get_output_embeddings().weight
+            assert (i is o) == tie, f"tie_word_embeddings={tie}, but the {which} model has it otherwise"
+
+
+def _state(model):
+    "What a refusal must leave alone"
+    types = {n: type(m) for n, m in model.named_modules()}
+    return types, {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def _as_it_was(model, before):
+    types, tensors = before
+    assert {n: type(m) for n, m in model.named_modules()} == types, "refused, but modules were replaced"
+    now = model.state_dict()
+    odd = [k for k, v in tensors.items() if not _same_bits(now[k], v)]
+    assert not odd, f"refused, but {odd[:4]} was changed"
+
+
+@compression("model", "dtype")
+def _compressing_twice_is_once(c):
+    "a second call is refused, or changes nothing"
+    model = c.compressed()
+    before = _state(model)
+    with contextlib.suppress(ValueError, TypeError):
+        c.compress(model)
+    _as_it_was(model, before)
+    return c.same(c.logits(model=model), c.logits(), 0)
+
+
+@compression("model", "dtype")
+def _weights_that_are_not_finite_are_refused(c):
+    "a NaN or an infinity in the last of the weights is a ValueError, and no layer was replaced before it was found"
+    for junk in (math.nan, math.inf, -math.inf):
+        model = c.fresh()
+        with torch.no_grad():
+            model.get_submodule(c.replaced[-1]).weight.view(-1)[-1] = junk
+        before = _state(model)
+        try:
+            c.compress(model)
+        except ValueError as e:
+            assert str(e).strip(), f"{junk} is refused without a word"
+            _as_it_was(model, before)
+        else:
+            raise AssertionError(f"{junk} was compressed")
+
+
+# %% ../../nbs/core/check.ipynb #f2dc4e5a
+for _check in (
+    _logits_are_finite,
+    _same_bits_every_call,
+    _no_state_between_calls,
+    _no_token_sees_its_future,
+    _greedy_with_and_without_cache,
+):
+    compression("model", "dtype")(_check)
+
+
+@compression("model", "dtype")
+def _logits_equal_the_reference(c):
+    "the logits are those of the dense reference"
+    if c.reference is None:
+        raise NotApplicable("no dense reference was given (reference)")
+    return c.same(c.logits(), c.logits(model=c.reference(c.fresh()).eval()))
+
+
+@compression("model", "dtype")
+def _rows_do_not_meet(c):
+    "changing one row changes no bit of the others; a row alone has its logits from the batch"
+    z, ids = c.logits(), c.ids.clone()
+    ids[0] = c.tokens(c.length, seed=4)
+    other = c.logits(ids)
+    leak = (other[1:].double() - z[1:].double()).abs().max().item()
+    assert leak == 0, f"row 0 moved another row by {leak:.3g}"
+    assert not torch.equal(other[0], z[0]), "other tokens give the same logits"
+    return max(test_rel(c.logits(c.ids[i : i + 1]), z[i : i + 1], c.tol) for i in range(c.batch))
+
+
+# %% ../../nbs/core/check.ipynb #fef35d5c
+@compression("model", "dtype")
+def _a_saved_model_comes_back(c):
+    "save_pretrained writes safetensors and JSON; what is loaded has every tensor, config field and logit, to the bit"
+    path = c.save(c.model)
+    odd = [p.name for p in path.iterdir() if p.suffix not in (".safetensors", ".json")]
+    assert not odd, f"other files were written: {odd}"
+    assert type(c.reloaded) is type(c.model), f"loaded a {type(c.reloaded).__name__}"
+    old, new = c.model.state_dict(), c.reloaded.state_dict()
+    assert old.keys() == new.keys(), f"missing or unexpected: {sorted(old.keys() ^ new.keys())[:4]}"
+    odd = [k for k in old if not _same_bits(old[k], new[k])]
+    assert not odd, f"{odd[:4]} came back with other values"
+    return c.same(c.logits(model=c.reloaded), c.logits(), 0)
+
+
+@compression("model")
+def _the_config_comes_back(c):
+    "every field of the saved model's config is in the loaded one's"
+    own = {"transformers_version", "_name_or_path"}
+    old, new = (json.loads(m.config.to_json_string(use_diff=False)) for m in (c.model, c.reloaded))
+    odd = [k for k in old.keys() | new.keys() if k not in own and old.get(k) != new.get(k)]
+    assert not odd, f"{sorted(odd)[:4]} came back changed"
+
+
+@compression("model")
+def _saved_size_is_as_promised(c):
+    "the tensors in the files take no more than the promised part of the dense model's in bfloat16"
+    if c.saved is None:
+        raise NotApplicable("no size was promised (saved)")
+    c = c.at(min(c.dtypes, key=lambda d: d.itemsize))
+    files = c.save(c.model).glob("*.safetensors")
+    stored = sum(len(_header(p.read_bytes())[1]) for p in files)
+    part = stored / (2 * sum(p.numel() for p in c.fresh().parameters()))
+    assert part <= c.saved, f"{part:.3f} of the dense size, promised were {c.saved:g}"
+    return part
+
+
+@compression("model", "dtype")
+def _a_state_dict_carries_the_model(c):
+    "load_state_dict into the compression of other weights gives the same logits, to the bit, also after a call"
+    other = copy.copy(c)
+    other.seed += 1
+    model = other.compressed()
+    assert not torch.equal(c.logits(model=model), c.logits()), "other weights give the same logits"
+    model.load_state_dict({k: v.clone() for k, v in c.model.state_dict().items()})
+    return c.same(c.logits(model=model), c.logits(), 0)
+
+
+@compression("model", "dtype")
+def _a_copy_shares_nothing(c):
+    "copy.deepcopy gives equal logits, and filling its tensors with zeros changes nothing here"
+    want, new = c.logits(), copy.deepcopy(c.model)
+    c.same(c.logits(model=new), want, 0)
+    for t in new.state_dict().values():
+        t.zero_()
+    c.same(c.logits(), want, 0)
+
+
+@compression("model", "dtype")
+def _restoring_gives_dense_layers(c):
+    "restore gives the stock modules and names, with the old weights where that was promised, and saves as a stock model"
+    from transformers import AutoModelForCausalLM
+
+    if c.restore is None:
+        raise NotApplicable("there is no way back (restore)")
+    base, model, worst = c.fresh(), c.restore(c.compressed()).eval(), 0.0
+    types = [{n: type(m) for n, m in o.named_modules()} for o in (base, model)]
+    odd = [n for n in types[0].keys() | types[1].keys() if types[0].get(n) is not types[1].get(n)]
+    assert not odd, f"{sorted(odd)[:4]} are other modules than before"
+    was, now = base.state_dict(), model.state_dict()
+    assert was.keys() == now.keys(), f"other names: {sorted(was.keys() ^ now.keys())[:4]}"
+    for k, v in was.items():
+        lossy = not c.exact and k.removesuffix(".weight") in c.replaced
+        error = rel_error(now[k], v)
+        assert error < 1 if lossy else _same_bits(now[k], v), f"{k} is off by {error:.3g}"
+        worst = max(worst, error)
+    new = AutoModelForCausalLM.from_pretrained(c.save(model), local_files_only=True)
+    c.same(c.logits(model=new), c.logits(model=model), 0)
+    return worst
+
+
+# %% ../../nbs/core/check.ipynb #853a22a3
+def _places(c, model):
+    "Replaced layer -> what stands in its place, or around it where several became one"
+    now, out = dict(model.named_modules()), {}
+    for n in c.replaced:
+        at = n
+        while at not in now:
+            at = at.rpartition(".")[0]
+        out[n] = now[at]
+    return out
+
+
+@compression("model", "dtype")
+def _gradients_reach_the_inputs(c):
+    "the input of every replaced layer gets a gradient through this layer that is finite and not zero"
+    model, inputs = c.compressed().train(), {}
+
+    def own(name):
+        def hook(module, args, kwargs):
+            x, *rest = args or (kwargs.pop("hidden_states"),)
+            inputs[name] = x = x.view_as(x)  # what other layers send back does not arrive here
+            x.retain_grad()
+            return (x, *rest), kwargs
+
+        return hook
+
+    for n, m in _places(c, model).items():
+        m.register_forward_pre_hook(own(n), with_kwargs=True)
+    x = model.get_input_embeddings()(c.ids).detach().requires_grad_()
+    model(inputs_embeds=x, labels=c.ids, use_cache=False).loss.backward()
+    grads = {n: o.grad for n, o in inputs.items()}
+    odd = [n for n, g in grads.items() if g is None or not g.isfinite().all() or not g.any()]
+    assert not odd, f"{odd[:4]} give their input no gradient, or one that is not finite"
+
+
+@compression("model", "dtype")
+def _replaced_layers_learn(c):
+    "every parameter that asks for a gradient gets one, and every replaced layer has one that does, if any should"
+    model = c.compressed().train()
+    learns = {n: any(p.requires_grad for p in m.parameters()) for n, m in _places(c, model).items()}
+    odd = [n for n, o in learns.items() if c.trains and not o]
+    assert not odd, f"{odd[:4]} have nothing that trains"
+    x = model.get_input_embeddings()(c.ids)
+    x = x if x.requires_grad else x.requires_grad_()  # nothing before it trains
+    model(inputs_embeds=x, labels=c.ids, use_cache=False).loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    odd = [n for n, g in grads.items() if g is None or not g.isfinite().all() or not g.any()]
+    assert not odd, f"{odd[:4]} get no gradient, or one that is not finite"
+
+
 # %% ../../nbs/core/check.ipynb #81b409ed
 processor_kind = Kind("decoder", rows=(1, 5))
 loop_kind = Kind("decoder", rows=(1, 5))
@@ -3196,6 +3544,7 @@ CHECKERS = dict(
     kernel=check_kernel,
     loader=check_loader,
     adapter=check_adapter,
+    compression=check_compression,
     decoder=check_decoder,
     distillation=check_distillation,
 )
