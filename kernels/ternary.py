@@ -193,29 +193,30 @@ _lock, _region = (
 )  # memory in large pages, how much of it is handed out, how much there is
 
 
-def _placed(codes):
-    "A copy in large pages where the system has them: with small ones the address cache, not the memory, sets the speed of a long read"
-    if codes.device.type != "cpu" or not codes.numel():
-        return codes
-    if codes.nbytes < 2**16 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return codes if codes.data_ptr() % 64 == 0 else codes.clone()
+def _memory(size):
+    "Bytes in large pages where the system has them, zero: with small ones the address cache, not the memory, sets the speed of a long read"
+    if size < 2**16 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(size, dtype=torch.uint8)
     with _lock:
-        if _region[1] + codes.nbytes > _region[2]:
+        if _region[1] + size > _region[2]:
             # matrices share regions, since a page of its own for each would waste half of it
-            size = max(REGION, codes.nbytes)
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            whole = max(REGION, size)
+            memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             try:
                 memory.madvise(mmap.MADV_HUGEPAGE)
             except OSError:  # a kernel without large pages
                 pass
-            _region[:] = memory, 0, size
+            _region[:] = memory, 0, whole
         memory, offset = _region[:2]
-        _region[1] += -(-codes.nbytes // 64) * 64
-    return (
-        torch.frombuffer(memory, dtype=torch.uint8, count=codes.numel(), offset=offset)
-        .view(codes.shape)
-        .copy_(codes)
-    )
+        _region[1] += -(-size // 64) * 64
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset)
+
+
+def _placed(codes):
+    "The codes where they are read fast"
+    if codes.device.type != "cpu" or not codes.numel() or (codes.nbytes < 2**16 and codes.data_ptr() % 64 == 0):
+        return codes
+    return _memory(codes.nbytes).view(codes.shape).copy_(codes)
 
 
 def _unpack(codes, rows, inputs, format):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import nn
 
 
-# %% ../../nbs/compression/common.ipynb #f7b75d56
+# %% ../../nbs/compression/common.ipynb #c0a4bfdc
 def replace_linears(
     model: nn.Module,  # changed in place
     make: Callable,  # (name, layer) -> the module that takes its place, or None to leave it
@@ -35,7 +35,8 @@ def replace_linears(
     new = {}
     for name, m in old.items():
         if id(m) not in new:
-            new[id(m)] = make(name, m)
+            new[id(m)] = make(name, m)  # all of them first: a refusal leaves the model as it was
+    for name, m in old.items():
         if new[id(m)] is not None:
             model.set_submodule(name, new[id(m)])
     return {name: m for name, m in old.items() if new[id(m)] is not None}

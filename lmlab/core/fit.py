@@ -11,6 +11,7 @@ __all__ = [
     "number",
     "warmup_steps",
     "rate",
+    "factors",
     "permutation",
     "stretch",
     "stack",
@@ -144,6 +145,19 @@ def rate(
         return 1 - math.sqrt(max(0, step - (steps - decay)) / decay)
     x = (step - warmup) / max(1, steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * x)) if schedule == "cosine" else 1 - x
+
+
+def factors(
+    step: int,  # from 0
+    steps: int,  # length of the run
+    schedule,  # one of `SCHEDULES`, or (step, steps) -> factors on learning rate and weight decay
+    warmup: int = 0,  # steps of linear warm-up
+) -> tuple[float, float]:
+    "The factors on the learning rate and on the weight decay at `step`"
+    if not callable(schedule):
+        return rate(step, steps, schedule, warmup), 1.0
+    of_lr, of_decay = schedule(step, steps)
+    return of_lr * (step / warmup if step < warmup else 1.0), of_decay
 
 
 # %% ../../nbs/core/fit.ipynb #968a190b
@@ -745,7 +759,8 @@ def fit(
     steps: int,  # of the optimiser
     batch_size: int,  # rows per micro-batch, shared by all processes
     lr: float,  # peak learning rate
-    schedule: str = "cosine",  # constant, cosine, linear or wsd
+    schedule: str
+    | Callable = "cosine",  # constant, cosine, linear, wsd, or (step, steps) -> factors on `lr` and `weight_decay`
     warmup: float = 0.05,  # fraction of the run (float) or steps (int)
     weight_decay: float = 0.1,  # on matrices only
     betas: tuple = (0.9, 0.95),  # of AdamW
@@ -776,8 +791,8 @@ def fit(
         number("weight_decay", weight_decay),
         warmup_steps(warmup, steps),
     )
-    if schedule not in SCHEDULES:
-        refuse("schedule", repr(schedule), ", ".join(SCHEDULES))
+    if not callable(schedule) and schedule not in SCHEDULES:
+        refuse("schedule", repr(schedule), f"{', '.join(SCHEDULES)}, or a function")
     if precision not in ("no", "bf16"):
         refuse("precision", repr(precision), "no, bf16")
     if clip is not None:
@@ -797,7 +812,7 @@ def fit(
         steps=None if schedule == "constant" else steps,
         batch_size=batch_size,
         lr=lr,
-        schedule=schedule,
+        schedule=getattr(schedule, "__name__", str(schedule)),
         warmup=warm,
         weight_decay=weight_decay,
         betas=list(betas),
@@ -852,6 +867,7 @@ def fit(
             opt.optimizer,
         )  # accelerate's shell is for loss scaling, which bf16 does without
         params = [p for g in opt.param_groups for p in g["params"]]
+        decays = [g["weight_decay"] for g in opt.param_groups]
         seed_all(seed + rank)  # each process has its own dropout
         out = resume_run(acc, model, opt, settings, checkpoint) if checkpoint is not None else Fit()
         earlier, begun, tokens = (
@@ -877,8 +893,9 @@ def fit(
                         f"{'' if checkpoint is None else f', and the last checkpoint in {checkpoint} is untouched'}. "
                         f"A lower lr (now {lr:g}), a longer warmup or a smaller clip may help"
                     )
-                for g in opt.param_groups:
-                    g["lr"] = lr * rate(step, steps, schedule, warm)
+                of_lr, of_decay = factors(step, steps, schedule, warm)
+                for g, decay in zip(opt.param_groups, decays, strict=True):
+                    g["lr"], g["weight_decay"] = lr * of_lr, decay * of_decay
                 opt.step()
                 opt.zero_grad()
                 done, tokens, spent = step + 1, tokens + int(seen), time.perf_counter() - begun
