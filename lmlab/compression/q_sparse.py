@@ -83,7 +83,7 @@ def rescale(
     return kept * torch.where(length > 0, goal / length, 1.0).to(kept.dtype)
 
 
-# %% ../../nbs/compression/q_sparse.ipynb #e4edfa47
+# %% ../../nbs/compression/q_sparse.ipynb #a0ec3729
 STRUCTURES = ("topk", "n:m", "block")
 
 
@@ -127,7 +127,7 @@ class QSparseConfig:
         k = keep_count(self.sparsity, self.group or features)
         if not k:
             raise ValueError(
-                f"sparsity: {self.sparsity} of {self.group or features} features keeps none; at least one must stay"
+                f"sparsity: {self.sparsity} of {self.group or features} features keeps none; one must stay"
             )
         return k
 
@@ -276,7 +276,7 @@ class SparseCheckpoint(QuantizationConfigMixin):
         )
 
 
-# %% ../../nbs/compression/q_sparse.ipynb #4839789c
+# %% ../../nbs/compression/q_sparse.ipynb #8f4d080c
 @torch.no_grad()
 def sparsity_report(
     model: nn.Module,  # sparse or dense
@@ -284,7 +284,7 @@ def sparsity_report(
 ) -> (
     dict
 ):  # last part of the layers' name -> dict of `zeros` (a share), `weights`, `active`; and the same for "all"
-    "Zeros that linear layers read on this batch, the head aside, and the weights for which there is something to multiply"
+    "Zeros that linear layers read on this batch, the head aside, and the weights that have something to multiply"
     seen, handles = {}, []
 
     def count(name, m):
@@ -309,10 +309,10 @@ def sparsity_report(
     return out | {"all": dict(zeros=1 - active / weights, weights=weights, active=active)}
 
 
-# %% ../../nbs/compression/q_sparse.ipynb #55102995
+# %% ../../nbs/compression/q_sparse.ipynb #eac7668e
 def stored(
     layer: nn.Linear,  # a `SparseLinear` or `SparseBitLinear`
-    format: str = "auto",  # of `lmlab.kernels.sparse.store`; "auto": ternary if it was trained so, else bfloat16
+    format: str = "auto",  # as `store` has them; "auto": ternary if it was trained so, else bfloat16
 ) -> SparseWeight:
     "The weights of a layer by input"
     w, bit = layer.weight.detach(), isinstance(layer, BitLinear)
@@ -437,7 +437,7 @@ def contracts():
     ]
 
 
-# %% ../../nbs/compression/q_sparse.ipynb #9a9d8551
+# %% ../../nbs/compression/q_sparse.ipynb #2eda4c52
 @dataclass(frozen=True)
 class ScalingLaw:
     "L(N, S) = E + (B + C exp(β / (1-S))) N^-α  (eq. 4)"
@@ -457,7 +457,7 @@ class ScalingLaw:
 
     @property
     def best(self) -> float:
-        "The sparsity of lowest loss for given active weights, 0 if every zero costs more than it brings (eq. 5)"
+        "The best sparsity for given active weights, 0 if every zero costs more than it brings (eq. 5)"
         z = self.alpha * self.B / self.C * math.exp(-self.alpha)
         w = math.log1p(z)
         for _ in range(50):  # Newton on w e^w = z
