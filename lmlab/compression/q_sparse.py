@@ -65,7 +65,7 @@ def keep_count(
     return math.floor(features - sparsity * features + 1e-6)
 
 
-# %% ../../nbs/compression/q_sparse.ipynb #d02d0ec1
+# %% ../../nbs/compression/q_sparse.ipynb #ef1d5b01
 RESCALES = ("none", "norm_preserving", "rms")
 
 
@@ -78,8 +78,11 @@ def rescale(
     "The sparse token at the length that equation (3) gives it; zeros stay zeros"
     if how == "none":
         return kept
-    length = kept.detach().float().norm(dim=-1, keepdim=True)
-    goal = x.detach().float().norm(dim=-1, keepdim=True) if how == "norm_preserving" else math.sqrt(keep)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(kept.detach(), dim=-1, keepdim=True, dtype=wide)
+    goal = math.sqrt(keep)
+    if how == "norm_preserving":
+        goal = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True, dtype=wide)
     return kept * torch.where(length > 0, goal / length, 1.0).to(kept.dtype)
 
 
