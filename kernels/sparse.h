@@ -15,6 +15,8 @@ template <int PLANES, int TOKENS> static void walk(const Walk& a) {
     for (int64_t g = 0; g < a.count; g += COLUMNS) {
         const uint8_t* const* column = a.columns + g;
         const int32_t* x = (const int32_t*)a.x + g / 4 * tokens;
+        V one[COLUMNS / 4];  // the activations of a single token stay in registers
+        for (int q = 0; q < COLUMNS / 4; q++) one[q] = V{} + x[q * tokens];
         for (int64_t c = 0; c < length; c++) {
             const int64_t at = 64 * (a.first + c);
             const bool wraps = c + rest >= length;
@@ -22,6 +24,7 @@ template <int PLANES, int TOKENS> static void walk(const Walk& a) {
             const int64_t there = at + 64 * (rest - (wraps ? length : 0));
             for (int j = 0; j < COLUMNS; j++) __builtin_prefetch(later[j] + there);
             int32_t* sums = (int32_t*)a.sums + (a.first + c) * tokens * WIDE;
+#pragma GCC unroll 4
             for (int q = 0; q < COLUMNS / 4; q += QUADS)
                 for (int h = 0; h < HALVES; h++) {
                     V codes[QUADS][4];
@@ -43,7 +46,7 @@ template <int PLANES, int TOKENS> static void walk(const Walk& a) {
                                 int32_t* to = sums + t * WIDE + (p * 4 + r) * 16 + L * h;
                                 memcpy(&s, to, sizeof s);
 #pragma GCC unroll 4
-                                for (int i = 0; i < QUADS; i++) s = dot(s, plane[i], V{} + x[(q + i) * tokens + t]);
+                                for (int i = 0; i < QUADS; i++) s = dot(s, plane[i], TOKENS == 1 ? one[q + i] : V{} + x[(q + i) * tokens + t]);
                                 memcpy(to, &s, sizeof s);
                             }
                         }

@@ -30,7 +30,9 @@ from torch import Tensor
 STRUCTURES = ("topk", "n:m", "block")
 FORMATS = {"float32": 4, "bfloat16": 2, "int8": 1, "ternary": 0.25}  # name -> bytes a weight
 DTYPES = (torch.float32, torch.bfloat16)
-LONGEST = 2**17  # inputs; with more, a sum of products in int8 might leave int32 (sparse.cpp shifts sums of up to 128 * 127 a product)
+LONGEST = (
+    2**17
+)  # inputs; with more, a sum of products in int8 might leave int32 (sparse.cpp shifts sums of up to 128 * 127 a product)
 TOGETHER = 8  # tokens up to which a float layer reads columns; more take torch's dense product
 _CHUNK = 64  # bytes of a column that are worked on at a time
 
@@ -65,7 +67,9 @@ def mask(
 
 def _refuse_nan(x):
     if x.isnan().any():
-        raise ValueError("x: holds NaN, which has no place in an order of magnitudes; finite values and infinities are allowed")
+        raise ValueError(
+            "x: holds NaN, which has no place in an order of magnitudes; finite values and infinities are allowed"
+        )
 
 
 def reference(x, source, keep, structure, group, square_relu):
@@ -101,7 +105,14 @@ def on_cpu(x, source, keep, structure, group, square_relu):
     return out
 
 
-TOPK = Operation("topk_sparsify", reference, on_cpu, dtypes=DTYPES)
+def on_triton(x, source, keep, structure, group, square_relu):
+    "As `reference`, in Triton, but a token that holds a NaN becomes NaN"
+    from lmlab.kernels.sparse_triton import sparsify
+
+    return sparsify(x, source, keep, structure, group, square_relu)
+
+
+TOPK = Operation("topk_sparsify", reference, on_cpu, on_triton, dtypes=DTYPES)
 
 
 @torch.library.custom_op("lmlab::topk_sparsify", mutates_args=())
@@ -159,7 +170,9 @@ def topk_sparsify(
     "The features of largest magnitude of each token, zeros elsewhere; blocks go by their mean magnitude"
     if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim or not x.shape[-1]:
         what = f"{x.dtype} tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x: a {what}; allowed is a floating point tensor [..., d] with at least one feature")
+        raise ValueError(
+            f"x: a {what}; allowed is a floating point tensor [..., d] with at least one feature"
+        )
     if structure not in STRUCTURES:
         raise ValueError(f"structure: {structure!r}; allowed are {', '.join(map(repr, STRUCTURES))}")
     d = x.shape[-1]
@@ -169,7 +182,9 @@ def topk_sparsify(
         _check_keep(keep, d, "features of x")
     else:
         if not isinstance(group, int) or isinstance(group, bool) or group < 1 or d % group:
-            raise ValueError(f"group: {group!r}; allowed is a whole number that divides the {d} features of x")
+            raise ValueError(
+                f"group: {group!r}; allowed is a whole number that divides the {d} features of x"
+            )
         _check_keep(keep, *((group, "features of a group") if structure == "n:m" else (d // group, "blocks")))
     return _topk(x, None, keep, structure, group, square_relu, straight_through, backend)
 
@@ -226,7 +241,9 @@ class SparseWeight:
         prefix: str = "",  # e.g. "layers.0.mlp.up."
     ) -> dict:  # name -> Tensor, fit for safetensors
         "What a checkpoint holds of this matrix, beside `metadata`"
-        return {f"{prefix}columns": self.columns} | ({} if self.scale is None else {f"{prefix}scale": self.scale})
+        return {f"{prefix}columns": self.columns} | (
+            {} if self.scale is None else {f"{prefix}scale": self.scale}
+        )
 
     def metadata(
         self,
@@ -245,7 +262,9 @@ class SparseWeight:
     ):
         "The matrix back from `tensors` and `metadata`; weights that `store` would refuse are refused"
         if prefix + "sparse" not in metadata:
-            raise ValueError(f"metadata: there is no {prefix + 'sparse'!r}; this is no matrix stored by input")
+            raise ValueError(
+                f"metadata: there is no {prefix + 'sparse'!r}; this is no matrix stored by input"
+            )
         try:
             about = json.loads(metadata[prefix + "sparse"])
             format, rows, inputs = about["format"], int(about["out_features"]), int(about["in_features"])
@@ -353,7 +372,11 @@ def store(
 ) -> SparseWeight:  # on the device of `w`
     "Weights stored so that one input's are read together"
     _check_format(format)
-    if not isinstance(w, Tensor) or w.ndim != 2 or (w.dtype != torch.int8 if format not in _TYPES else not w.is_floating_point()):
+    if (
+        not isinstance(w, Tensor)
+        or w.ndim != 2
+        or (w.dtype != torch.int8 if format not in _TYPES else not w.is_floating_point())
+    ):
         what = f"{w.dtype} tensor of shape {tuple(w.shape)}" if isinstance(w, Tensor) else type(w).__name__
         want = "a float tensor [out, in]" if format in _TYPES else "an int8 tensor [out, in]"
         raise ValueError(f"w: a {what}; allowed for {format} is {want}")
@@ -363,10 +386,14 @@ def store(
             raise ValueError(f"scale: {scale!r}; {format} weights have none")
         w = w.to(_TYPES[format])
         if not w.isfinite().all():
-            raise ValueError("w: holds NaN or infinity; every weight must be finite, or leaving some out would change NaN into a number")
+            raise ValueError(
+                "w: holds NaN or infinity; every weight must be finite, or leaving some out would change NaN into a number"
+            )
     else:
         if scale is None:
-            raise ValueError(f"scale: None; {format} weights need a number, or one for each of the {len(w)} rows")
+            raise ValueError(
+                f"scale: None; {format} weights need a number, or one for each of the {len(w)} rows"
+            )
         if w.shape[1] > LONGEST:
             raise ValueError(
                 f"w: {w.shape[1]} inputs; at most {LONGEST} are allowed, or sums might not fit int32"
@@ -525,3 +552,92 @@ def linear(
         if bias.device != x.device:
             raise ValueError(f"bias: on {bias.device}, and x on {x.device}; both must be on one device")
     return _linear(x, weight.columns, weight.scale, bias, *weight.shape, weight.format, keep, backend)
+
+
+ACTIVE = (50, 100, 60, 40, 20)  # per cent; the first is what the ratios of a case are against
+
+
+def _race_selection(d, dtype, rounds, budget):
+    "One token's selection against torch's own, which returns what is largest but does not put it back in place"
+    from lmlab.core.bench import paired
+
+    x, keep = torch.randn(1, d).to(dtype), d // 2
+    fns = {
+        "kernel": lambda: on_cpu(x, None, keep, "topk", None, False),
+        "as an operation": lambda: topk_sparsify(x, keep, backend="cpu"),
+        "torch.topk": lambda: torch.topk(x.abs(), keep, sorted=False),
+        "plain read": lambda: cpu.plain_read(x),
+    }
+    timing = paired(fns, rounds=rounds, threads=1, budget=budget)
+    work = {"bytes": 2 * x.nbytes, "flops": 0, "speed over torch.topk": timing.ratio("torch.topk", "kernel")}
+    return timing, work
+
+
+def _race_layer(rows, inputs, format, threads, rounds, budget):
+    "One layer and one token, weights from memory: a share of the inputs against all of them, and against other dense layers"
+    from lmlab.kernels import ternary
+
+    from lmlab.core.bench import cold, paired
+
+    low, high = (-1, 2) if format == "ternary" else (-127, 128)
+    w = torch.randint(low, high, (rows, inputs), dtype=torch.int8)
+    scale = None if format in _TYPES else torch.tensor([0.02])
+    w = w if scale is not None else w.to(_TYPES[format])
+    stored, x, y, fns = store(w, format, scale), torch.randn(1, inputs), torch.empty(1, rows), {}
+
+    def make():
+        columns = _placed(stored.columns)
+        calls = (
+            prepared(x, columns, scale, None, y, format, inputs * a // 100, threads=threads) for a in ACTIVE
+        )
+        return columns, dict(zip(ACTIVE, calls, strict=True))
+
+    following = cold(make)
+    for active in ACTIVE:
+        fns[f"{active} % active"] = lambda active=active: following()[1][active]()
+    fns["50 % active, as an operation"] = lambda: _linear(
+        x, following()[0], scale, None, rows, inputs, format, inputs // 2, "cpu"
+    )
+    fns["plain read"] = lambda: cpu.plain_read(following()[0])
+    if format == "ternary":
+        packed = ternary.pack(w, scale, "2bit")
+
+        def make_packed():
+            codes = _placed(packed.codes)
+            return codes, ternary.prepared(x, [(codes, scale, None, y, "2bit")], threads=threads)
+
+        others = cold(make_packed)
+        peer, fns["packed in 2 bits, all inputs"] = "packed in 2 bits, all inputs", lambda: others()[1]()
+    else:
+        others, peer = cold(w.clone), f"torch {format}"
+        q = quantize(x)[0].to(torch.int8) if format == "int8" else x.to(w.dtype)
+        dense = (lambda: torch._int_mm(q, others().mT)) if format == "int8" else (lambda: q @ others().mT)
+        fns[peer] = dense
+    timing = paired(fns, rounds=rounds, threads=threads, budget=budget)
+    column = rows * FORMATS[format]
+    work = {"bytes": int(column * (inputs // 2)), "flops": 2 * rows * (inputs // 2)}
+    work["bytes of weights"] = {f"{a} %": int(column * (inputs * a // 100)) for a in ACTIVE}
+    work["speed over all inputs"] = {f"{a} %": timing.ratio("100 % active", f"{a} % active") for a in ACTIVE}
+    work["prediction"] = {f"{a} %": 100 / a for a in ACTIVE}
+    work[f"speed over {peer}"] = {f"{a} %": timing.ratio(peer, f"{a} % active") for a in ACTIVE}
+    return timing, work
+
+
+def bench(
+    quick: bool = False,  # one shape, fewer rounds
+) -> dict:  # name of the case -> (`Timing`, what was moved and computed, and the speed over dense layers)
+    "Selection from the cache; layers of a Llama with 7 billion weights and of a BitNet with 2, weights from memory"
+    if cpu.missing():
+        raise RuntimeError(f"bench: sparse kernels need the C++ library, but {cpu.missing()}")
+    out = {}
+    for d in (4096,) if quick else (1024, 4096, 11008, 16384):
+        for dtype in DTYPES:
+            name = f"{d} of which half stay, {str(dtype).removeprefix('torch.')}, 1 thread"
+            out[name] = _race_selection(d, dtype, *((15, 0.3) if quick else (101, 1)))
+    shapes = [(2560, 6912)] if quick else [(4096, 4096), (11008, 4096), (6912, 2560), (2560, 6912)]
+    for rows, inputs in shapes:
+        for format in FORMATS:
+            for threads in sorted({1, torch.get_num_threads()}):
+                name = f"{rows} x {inputs} {format}, {threads} thread{'s' * (threads > 1)}"
+                out[name] = _race_layer(rows, inputs, format, threads, *((9, 0.5) if quick else (51, 1.5)))
+    return out

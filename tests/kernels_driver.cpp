@@ -14,6 +14,9 @@ const char* lmlab_levels();
 int lmlab_set_level(const char*);
 int64_t lmlab_read(const char*, int64_t, int);
 int64_t lmlab_peak(const char*, int64_t, int);
+const char* lmlab_sparse_paths();
+int lmlab_sparse_topk(const void*, const void*, void*, int64_t, int64_t, int, int64_t, int64_t, int, int, int);
+int lmlab_sparse_linear(const void*, int64_t, int64_t, int, int64_t, const void*, int, const char*);
 void lmlab_decay_forward(const void*, const float*, void*, int64_t, int, int, int);
 void lmlab_decay_backward(const void*, const void*, const float*, void*, float*, int64_t, int, int, int);
 }
@@ -35,6 +38,54 @@ static Bytes numbers(int64_t n, int half, unsigned seed) {
         if (half) { uint16_t h = u >> 16; memcpy(&out[i * 2], &h, 2); } else memcpy(&out[i * 4], &f, 4);
     }
     return out;
+}
+
+struct Layer { const uint8_t* columns; const float *scale, *bias; void* y; int64_t rows, stride; int32_t scales, format; };
+
+static void sparse(const std::string& level, int threads) {
+    static std::vector<Bytes> first;  // of the first level: all others must return the same bits
+    static size_t at = 0;
+    auto same = [&](const Bytes& b, const char* what, long i, long j) {
+        static bool filling = true;
+        static const std::string leader = level;
+        filling = filling && level == leader && threads == 1;
+        if (filling) first.push_back(b);
+        else expect(first[at++ % first.size()] == b, what, level, i, j);
+    };
+    for (int half = 0; half < 2; half++)
+        for (int d : {1, 15, 16, 17, 36, 64, 130, 300})
+            for (int structure = 0; structure < 3; structure++) {
+                int group = !structure ? d : d % 65 == 0 ? 65 : d % 4 ? 1 : 4, most = structure == 2 ? d / group : group;
+                for (int keep : {1, (most + 1) / 2, most}) {
+                    Bytes x = numbers(3 * d, half, d), source = numbers(3 * d, half, d + 1), out(x.size(), 0xff);
+                    for (int square = 0; square < 2; square++) {
+                        expect(!lmlab_sparse_topk(x.data(), square ? source.data() : nullptr, out.data(), 3, d, half, keep, group, structure, square, threads), "topk", level, d, keep);
+                        same(out, "topk differs", d, keep);
+                    }
+                }
+            }
+    const int rows_of[] = {16, 32, 64, 256};
+    for (int format = 0; format < 4; format++)
+        for (int rows : {1, 16, 33, 300})
+            for (int k : {0, 1, 16, 35})
+                for (int n : {0, 1, 2, 9})
+                    for (int keep : {0, 1, (k + 1) / 2}) {
+                        if (keep > k) continue;
+                        int half = n == 2, stride = (rows + rows_of[format] - 1) / rows_of[format] * 64;
+                        Bytes w = numbers(k * stride / 4, 0, 7), x = numbers(n * k, half, k), scale = numbers(rows, 0, 3), bias = numbers(rows, 0, 4);
+                        if (format == 1) w = numbers(k * stride / 2, 1, 7);
+                        if (format == 3) for (auto& b : w) b &= 0x55;
+                        std::istringstream names(lmlab_sparse_paths());
+                        Bytes kept;
+                        for (std::string path; names >> path;) {
+                            Bytes y((half ? 2 : 4) * n * rows, 0xff);
+                            Layer layer = {w.data(), (float*)scale.data(), (float*)bias.data(), y.data(), rows, stride, 1, format};
+                            expect(!lmlab_sparse_linear(x.data(), n, k, half, keep, &layer, threads, path.c_str()), "linear", level, rows, k);
+                            if (kept.empty()) kept = y;
+                            expect(kept == y, "paths differ", level, rows, k);
+                        }
+                        same(kept, "linear differs", rows, k);
+                    }
 }
 
 int main() {
@@ -72,6 +123,7 @@ int main() {
                             expect(!std::isnan(f), "decay left dg unwritten", level, c, half);
                         }
                     }
+            sparse(level, threads);
             for (auto name : {"float32", "bfloat16", "int8", "nothing"}) lmlab_peak(name, 10, threads);
         }
     }
