@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
-FAMILIES = ("decay", "read", "sparse", "ternary")  # each is a module here with its operations and a `bench()`
+FAMILIES = ("decay", "decoder", "read", "sparse", "ternary")  # each a module here with its operations and a `bench()`
 _PUBLIC = {"decay_scores": "decay", "read_bytes": "read", "topk_sparsify": "sparse"}
 
 _choice = ContextVar("lmlab_backend", default=None)

@@ -27,7 +27,8 @@ struct Layer {  // the fields of `_Layer` in decoder.py; a sub-norm may be null
 
 struct Shape {  // the fields of `_Shape` in decoder.py
     int64_t layers, d, f, heads, kv_heads, head_dim, batch, length;
-    float eps, scale;  // of the norms; of the scores
+    double eps;   // of the norms
+    float scale;  // of the scores
     int32_t silu, half;
 };
 
@@ -38,11 +39,24 @@ constexpr int QUERIES = 4;    // that read the same keys together
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef double f64x8 __attribute__((vector_size(64)));
 
-// out = weight * (x / sqrt(mean of squares + eps)); the sum is in double, so its order does not show in the float it becomes
-template <class T> LMLAB_INLINE void norm_body(const T* x, const T* weight, int64_t k, float eps, T* out) {
+// 32 numbers as two vectors. Of bfloat16 these are the lower and the upper halves of sixteen pairs, which is cheaper than to widen them
+// in order; whatever they meet is put in that order beforehand.
+struct Pair { f32x16 lower, upper; };
+constexpr int PAIR = 2 * LANES;
+
+LMLAB_INLINE Pair load_pair(const float* p) { return {load(p), load(p + LANES)}; }
+LMLAB_INLINE Pair load_pair(const bf16* p) {
+    u32x16 v;
+    memcpy(&v, p, sizeof v);
+    return {(f32x16)(v << 16), (f32x16)(v & 0xffff0000)};
+}
+
+// out = weight * (x / sqrt(mean of squares + eps)); meanwhile what is read next is fetched. The root is in double, so the order of its sum does not show in the float it becomes
+template <class T> LMLAB_INLINE void norm_body(const T* x, const T* weight, int64_t k, double eps, T* out, const uint8_t* next) {
     f64x8 even = {}, odd = {};
     int64_t i = 0;
     for (; i + 16 <= k; i += 16) {
+        for (int l = 0; l < 3; l++, next += 64) __builtin_prefetch(next, 0, 2);
         f32x8 a, b;
         memcpy(&a, x + i, sizeof a);
         memcpy(&b, x + i + 8, sizeof b);
@@ -54,11 +68,14 @@ template <class T> LMLAB_INLINE void norm_body(const T* x, const T* weight, int6
     double sum = 0;
     for (int l = 0; l < 8; l++) sum += even[l];
     for (int64_t j = i; j < k; j++) sum += (double)x[j] * x[j];
-    float r = 1 / std::sqrt((float)(sum / k) + eps);
-    for (i = 0; i + LANES <= k; i += LANES) store(out + i, load(weight + i) * (load(x + i) * r));
+    float r = (float)(1 / std::sqrt(sum / k + eps));
+    for (i = 0; i + LANES <= k; i += LANES) {
+        for (int l = 0; l < 3; l++, next += 64) __builtin_prefetch(next, 0, 2);
+        store(out + i, load(weight + i) * (load(x + i) * r));
+    }
     if (i < k) store(out + i, load(weight + i, k - i) * (load(x + i, k - i) * r), k - i);
 }
-LMLAB_DISPATCH(norm, (const T* x, const T* weight, int64_t k, float eps, T* out), (x, weight, k, eps, out))
+LMLAB_DISPATCH(norm, (const T* x, const T* weight, int64_t k, double eps, T* out, const uint8_t* next), (x, weight, k, eps, out, next))
 
 // y[n] += part[n], the outputs of one tile
 template <class T> LMLAB_INLINE void add_body(const T* part, int count, int64_t width, T* y, int64_t stride) {
@@ -85,7 +102,8 @@ template <class T> LMLAB_INLINE void gated_body(const T* gate, const T* up, int 
 }
 LMLAB_DISPATCH(gated, (const T* gate, const T* up, int silu, int count, int64_t width, T* h, int64_t stride), (gate, up, silu, count, width, h, stride))
 
-// Attention of up to QUERIES queries to one segment of keys. Keys stand in blocks of 16, [feature][16]; values in rows of `wide` features.
+// Attention of up to QUERIES queries to one segment of keys. Keys stand in blocks of 16, [feature][16], or [feature / 2][16][2] in bfloat16;
+// values in rows of `wide` features, in bfloat16 with features i and i + 16 of 32 side by side.
 // What a query gets: the largest score, the sum of exponentials below it, and the values weighted with these exponentials.
 struct Query {
     const float* q;   // rotated and scaled
@@ -93,16 +111,27 @@ struct Query {
     float* out;       // largest, sum, 14 unused, wide values
 };
 
-template <int N, int B, class T> LMLAB_INLINE void scores(const Query* queries, const T* keys, int64_t dim, float* p) {
+// B blocks of keys; meanwhile `next` and the values behind `soon` are fetched, `lines` of each for every two features
+template <int N, int B, class T> LMLAB_INLINE void scores(const Query* queries, const T* keys, int64_t dim, float* p, const char* next, const char* soon) {
+    constexpr int lines = B * PAIR * sizeof(T) / 64;
+    const float* q[N];
+    for (int n = 0; n < N; n++) q[n] = queries[n].q;
     f32x16 s[N][B] = {};
-    for (int64_t i = 0; i < dim; i++) {
-        f32x16 k[B];
+    for (int64_t i = 0; i < dim; i += 2) {
+#pragma GCC unroll 8
+        for (int l = 0; l < lines; l++, next += 64, soon += 64) {
+            __builtin_prefetch(next, 0, 2);
+            __builtin_prefetch(soon, 0, 2);
+        }
 #pragma GCC unroll 4
-        for (int b = 0; b < B; b++) k[b] = load(keys + (b * dim + i) * LANES);
+        for (int b = 0; b < B; b++) {
+            Pair k = load_pair(keys + (b * dim + i) * LANES);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; n++)
-#pragma GCC unroll 4
-            for (int b = 0; b < B; b++) s[n][b] += k[b] * queries[n].q[i];
+            for (int n = 0; n < N; n++) {
+                s[n][b] += k.lower * q[n][i];
+                s[n][b] += k.upper * q[n][i + 1];
+            }
+        }
     }
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++)
@@ -111,33 +140,34 @@ template <int N, int B, class T> LMLAB_INLINE void scores(const Query* queries, 
 }
 
 template <int N, int V, class T> LMLAB_INLINE void weigh(const Query* queries, const T* values, int64_t wide, int64_t from, int64_t to, const float* p, int64_t at) {
-    f32x16 acc[N][V];
+    f32x16 acc[N][2 * V];
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) acc[n][v] = load(queries[n].out + LANES + at + v * LANES);
-    for (int64_t j = from; j < to; j++) {
-        f32x16 row[V];
+        for (int v = 0; v < 2 * V; v++) acc[n][v] = load(queries[n].out + LANES + at + v * LANES);
+    for (int64_t j = from; j < to; j++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) {
+            Pair row = load_pair(values + j * wide + at + v * PAIR);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) row[v] = load(values + j * wide + at + v * LANES);
-#pragma GCC unroll 4
-        for (int n = 0; n < N; n++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) acc[n][v] += row[v] * p[n * SEGMENT + j];
-    }
+            for (int n = 0; n < N; n++) {
+                acc[n][2 * v] += row.lower * p[n * SEGMENT + j];
+                acc[n][2 * v + 1] += row.upper * p[n * SEGMENT + j];
+            }
+        }
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(queries[n].out + LANES + at + v * LANES, acc[n][v]);
+        for (int v = 0; v < 2 * V; v++) store(queries[n].out + LANES + at + v * LANES, acc[n][v]);
 }
 
 template <int N, class T> LMLAB_INLINE void weigh_all(const Query* queries, const T* values, int64_t wide, int64_t from, int64_t to, const float* p) {
     int64_t at = 0;
-    for (; at + 4 * LANES <= wide; at += 4 * LANES) weigh<N, 4>(queries, values, wide, from, to, p, at);
-    for (; at < wide; at += LANES) weigh<N, 1>(queries, values, wide, from, to, p, at);
+    for (; at + 2 * PAIR <= wide; at += 2 * PAIR) weigh<N, 2>(queries, values, wide, from, to, p, at);
+    if (at < wide) weigh<N, 1>(queries, values, wide, from, to, p, at);
 }
 
-template <int N, class T> LMLAB_INLINE void segment_of(const Query* queries, const T* keys, const T* values, int64_t dim, int64_t wide, float* p) {
+template <int N, class T> LMLAB_INLINE void segment_of(const Query* queries, const T* keys, const T* values, int64_t dim, int64_t wide, float* p, const void* next) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const f32x16 zero = {}, none = zero - __builtin_inff();
     int64_t most = 0, least = SEGMENT;
@@ -146,8 +176,14 @@ template <int N, class T> LMLAB_INLINE void segment_of(const Query* queries, con
         least = std::min(least, queries[n].visible);
     }
     int64_t block = 0, blocks = (most + LANES - 1) / LANES;
-    for (; block + 4 <= blocks; block += 4) scores<N, 4>(queries, keys + block * dim * LANES, dim, p + block * LANES);
-    for (; block < blocks; block++) scores<N, 1>(queries, keys + block * dim * LANES, dim, p + block * LANES);
+    auto some = [&](auto size) __attribute__((always_inline)) {
+        constexpr int B = sizeof(size);
+        const T *from = keys + block * dim * LANES, *behind = from + B * dim * LANES;
+        block += B;
+        scores<N, B>(queries, from, dim, p + (block - B) * LANES, block < blocks ? (const char*)behind : (const char*)next, (const char*)(values + (block - B) * LANES * wide));
+    };
+    while (block + 4 <= blocks) some(int32_t());
+    while (block < blocks) some(char());
     for (int n = 0; n < N; n++) {
         const Query& q = queries[n];
         if (!q.visible) continue;
@@ -176,13 +212,13 @@ template <int N, class T> LMLAB_INLINE void segment_of(const Query* queries, con
         if (queries[n].visible > least) weigh_all<1>(queries + n, values, wide, least, queries[n].visible, p + n * SEGMENT);
 }
 
-template <class T> LMLAB_INLINE void segment_body(const Query* queries, int count, const T* keys, const T* values, int64_t dim, int64_t wide, float* p) {
-    if (count == 4) segment_of<4>(queries, keys, values, dim, wide, p);
-    else if (count == 3) segment_of<3>(queries, keys, values, dim, wide, p);
-    else if (count == 2) segment_of<2>(queries, keys, values, dim, wide, p);
-    else segment_of<1>(queries, keys, values, dim, wide, p);
+template <class T> LMLAB_INLINE void segment_body(const Query* queries, int count, const T* keys, const T* values, int64_t dim, int64_t wide, float* p, const void* next) {
+    if (count == 4) segment_of<4>(queries, keys, values, dim, wide, p, next);
+    else if (count == 3) segment_of<3>(queries, keys, values, dim, wide, p, next);
+    else if (count == 2) segment_of<2>(queries, keys, values, dim, wide, p, next);
+    else segment_of<1>(queries, keys, values, dim, wide, p, next);
 }
-LMLAB_DISPATCH(segment, (const Query* queries, int count, const T* keys, const T* values, int64_t dim, int64_t wide, float* p), (queries, count, keys, values, dim, wide, p))
+LMLAB_DISPATCH(segment, (const Query* queries, int count, const T* keys, const T* values, int64_t dim, int64_t wide, float* p, const void* next), (queries, count, keys, values, dim, wide, p, next))
 
 // Takes the next segment into what the ones before it gave
 template <class T> LMLAB_INLINE void join_body(T* into, const T* next, int64_t wide) {
@@ -240,7 +276,7 @@ template <class T> struct Step {
     const Shape& s;
     const float* rotations;  // position cos/sin head_dim/2
     T *keys, *values;
-    const int64_t a = s.heads * s.head_dim, b = s.kv_heads * s.head_dim, wide = rounded(s.head_dim, LANES);
+    const int64_t a = s.heads * s.head_dim, b = s.kv_heads * s.head_dim, wide = rounded(s.head_dim, PAIR);
     const int64_t blocks = rounded(s.length, LANES) / LANES, group = s.heads / s.kv_heads, partial = LANES + wide;
     const int64_t widest = std::max({s.d, s.f, a}), padded = rounded(widest + 1, STEP[0] * STEP[1]);
     decltype(quantize_pick<float>()) quantize = quantize_pick<float>();
@@ -294,12 +330,12 @@ template <class T> struct Step {
     }
 
     // Norm and int8 values of all tokens. A single token is done by every thread for itself.
-    template <class F> void round_tokens(const Own& o, const float* weight, int64_t k, F source) {
+    template <class F> void round_tokens(const Own& o, const float* weight, int64_t k, const uint8_t* next, F source) {
         Blocks to = split_tokens();
         auto one = [&](int64_t t) {
             int64_t block = to.of(t), first = to.first(block), size = to.first(block + 1) - first, length = filled(k);
             const float* from = source(t);
-            if (weight) { norm(from, weight, k, s.eps, o.normed); from = o.normed; }
+            if (weight) { norm(from, weight, k, s.eps, o.normed, next); from = o.normed; }
             quantize(from, k, length, o.q8 + first * length + 4 * (t - first), 4 * size, o.tokens + t);
         };
         if (n == 1) return one(0);
@@ -344,11 +380,17 @@ template <class T> struct Step {
         return values + ((layer * s.batch + row) * s.kv_heads + kv_head) * blocks * LANES * wide;
     }
 
-    static void put(float* to, float v) { *to = v; }
-    static void put(bf16* to, float v) {  // as `store` rounds sixteen of them
+    static void put(float& to, float v) { to = v; }
+    static void put(bf16& to, float v) {  // as `store` rounds sixteen of them
         uint32_t u;
         memcpy(&u, &v, 4);
-        to->bits = v == v ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : u >> 16 | 0x40;
+        to.bits = v == v ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : u >> 16 | 0x40;
+    }
+    static constexpr bool paired = sizeof(T) == 2;
+    static int64_t in_block(int64_t feature, int64_t key) { return paired ? feature / 2 * PAIR + 2 * key + feature % 2 : feature * LANES + key; }
+    static int64_t in_row(int64_t feature) {
+        int64_t i = feature % PAIR;
+        return paired ? feature - i + i % LANES * 2 + i / LANES : feature;
     }
 
     // One token's head turned by its position: a query in place and scaled, a key into the state, and the value with it
@@ -357,15 +399,15 @@ template <class T> struct Step {
         const float *cos = rotations + position * s.head_dim, *sin = cos + half;
         float* v = qkv + t * (a + 2 * b) + head * s.head_dim;
         const bool query = head < s.heads;
-        T* key = query ? nullptr : keys_of(layer, row, head - s.heads) + (position / LANES * s.head_dim) * LANES + position % LANES;
+        T* block = query ? nullptr : keys_of(layer, row, head - s.heads) + position / LANES * LANES * s.head_dim;
         for (int64_t i = 0; i < half; i++) {
             float lower = v[i] * cos[i] - v[i + half] * sin[i], upper = v[i + half] * cos[i] + v[i] * sin[i];
             if (query) { v[i] = lower * s.scale; v[i + half] = upper * s.scale; }
-            else { put(key + i * LANES, lower); put(key + (i + half) * LANES, upper); }
+            else { put(block[in_block(i, position % LANES)], lower); put(block[in_block(i + half, position % LANES)], upper); }
         }
         if (query) return;
         T* value = values_of(layer, row, head - s.heads) + position * wide;
-        for (int64_t i = 0; i < s.head_dim; i++) put(value + i, v[b + i]);
+        for (int64_t i = 0; i < s.head_dim; i++) put(value[in_row(i)], v[b + i]);
     }
 
     // Queries `first`, `first` + 1, ... of a run, counted by token and then by head of the group, against one segment
@@ -383,18 +425,20 @@ template <class T> struct Step {
 
     float* partial_of(int64_t t, int64_t head, int64_t seg) const { return partials + ((t * s.heads + head) * segments + seg) * partial; }
 
-    void attend_segment(int64_t layer, const Item& item, const Own& o) const {
+    // `next`: what the thread reads after this
+    void attend_segment(int64_t layer, const Item& item, const Own& o, const void* next) const {
         const Run& r = runs[item.run];
         Query all[QUERIES];
         for (int64_t first = 0; first < r.count * group; first += QUERIES) {
             int count = queries(r, item.kv_head, first, item.at, all, [&](int, int64_t t, int64_t head) { return partial_of(t, head, item.at); });
-            run_segment(layer, r.row, item.kv_head, item.at, all, count, o);
+            run_segment(layer, r.row, item.kv_head, item.at, all, count, o, next);
         }
     }
 
-    void run_segment(int64_t layer, int64_t row, int64_t kv_head, int64_t seg, const Query* all, int count, const Own& o) const {
-        segment(all, count, keys_of(layer, row, kv_head) + seg * SEGMENT * s.head_dim, values_of(layer, row, kv_head) + seg * SEGMENT * wide,
-                s.head_dim, wide, o.p);
+    const T* keys_at(int64_t layer, int64_t row, int64_t kv_head, int64_t seg) const { return keys_of(layer, row, kv_head) + seg * SEGMENT * s.head_dim; }
+
+    void run_segment(int64_t layer, int64_t row, int64_t kv_head, int64_t seg, const Query* all, int count, const Own& o, const void* next) const {
+        segment(all, count, keys_at(layer, row, kv_head, seg), values_of(layer, row, kv_head) + seg * SEGMENT * wide, s.head_dim, wide, o.p, next);
     }
 
     void attend_queries(int64_t layer, const Item& item, const Own& o) const {
@@ -403,7 +447,7 @@ template <class T> struct Step {
         int64_t last = r.start + std::min<int64_t>(item.at + QUERIES - 1, r.count * group - 1) / group;
         for (int64_t seg = 0; seg <= last / SEGMENT; seg++) {
             int count = queries(r, item.kv_head, item.at, seg, all, [&](int i, int64_t, int64_t) { return o.out + (seg ? QUERIES + i : i) * partial; });
-            run_segment(layer, r.row, item.kv_head, seg, all, count, o);
+            run_segment(layer, r.row, item.kv_head, seg, all, count, o, keys_at(layer, r.row, item.kv_head, seg + 1));
             for (int i = 0; seg && i < count; i++)
                 if (all[i].visible) join(o.out + i * partial, all[i].out, wide);
         }
@@ -423,11 +467,18 @@ template <class T> struct Step {
         return o.normed;
     }
 
+    const void* first_keys(int64_t layer, const Item& item) const { return keys_at(layer, runs[item.run].row, item.kv_head, item.at); }
+
+    // Where a thread's share of a matrix begins
+    const uint8_t* share_of(const Own& o, const Matrix& m, int64_t k) const {
+        return m.codes + tiles(m) * o.me / o.all * ((k + STEP[m.trits] - 1) / STEP[m.trits]) * 4 * ROWS;
+    }
+
     void run(const Own& o) {
         const int64_t stride = a + 2 * b;
         for (int64_t l = 0; l < s.layers; l++) {
             const Layer& layer = layers[l];
-            round_tokens(o, layer.input_norm, s.d, [&](int64_t t) { return x + t * s.d; });
+            round_tokens(o, layer.input_norm, s.d, share_of(o, layer.q, s.d), [&](int64_t t) { return x + t * s.d; });
             const int64_t tq = tiles(layer.q), tk = tiles(layer.k);
             each_tile(o, tq + 2 * tk, [&](int64_t i, int64_t block, int64_t first, int64_t) {
                 int which = i < tq ? 0 : i < tq + tk ? 1 : 2;
@@ -438,20 +489,25 @@ template <class T> struct Step {
             barrier.wait(o.all);
             share(n * (s.heads + s.kv_heads), o, [&](int64_t i) { rotate(l, i / (s.heads + s.kv_heads), i % (s.heads + s.kv_heads)); });
             barrier.wait(o.all);
-            for (size_t i = o.me; i < items.size(); i += o.all) split ? attend_segment(l, items[i], o) : attend_queries(l, items[i], o);
+            if (split) {
+                const int64_t end = items.size() * (o.me + 1) / o.all;
+                share(items.size(), o, [&](int64_t i) { attend_segment(l, items[i], o, i + 1 < end ? first_keys(l, items[i + 1]) : share_of(o, layer.o, a)); });
+            } else {
+                for (size_t i = o.me; i < items.size(); i += o.all) attend_queries(l, items[i], o);
+            }
             barrier.wait(o.all);
-            round_tokens(o, layer.attn_sub_norm, a, [&](int64_t t) -> const float* {
+            round_tokens(o, layer.attn_sub_norm, a, share_of(o, layer.o, a), [&](int64_t t) -> const float* {
                 return split ? joined(t, o) : attended + t * a;
             });
             add_to_x(o, layer.o, a);
-            round_tokens(o, layer.post_norm, s.d, [&](int64_t t) { return x + t * s.d; });
+            round_tokens(o, layer.post_norm, s.d, share_of(o, layer.gate, s.d), [&](int64_t t) { return x + t * s.d; });
             each_tile(o, tiles(layer.gate), [&](int64_t i, int64_t block, int64_t first, int64_t size) {
                 tile(o, layer.gate, s.d, i, block, o.parts, ROWS);
                 tile(o, layer.up, s.d, i, block, o.parts + ROWS * MOST, ROWS);
                 gated(o.parts, o.parts + ROWS * MOST, s.silu, size, std::min<int64_t>(ROWS, s.f - i * ROWS), h + first * s.f + i * ROWS, s.f);
             });
             barrier.wait(o.all);
-            round_tokens(o, layer.ffn_sub_norm, s.f, [&](int64_t t) { return h + t * s.f; });
+            round_tokens(o, layer.ffn_sub_norm, s.f, share_of(o, layer.down, s.f), [&](int64_t t) { return h + t * s.f; });
             add_to_x(o, layer.down, s.f);
         }
     }
@@ -506,18 +562,6 @@ template <class T> struct Step {
         return 0;
     }
 };
-
-// 32 numbers as two vectors. Of bfloat16 these are the lower and the upper halves of sixteen pairs, which is cheaper than to widen them
-// in order; whatever they meet is put in that order beforehand.
-struct Pair { f32x16 lower, upper; };
-constexpr int PAIR = 2 * LANES;
-
-LMLAB_INLINE Pair load_pair(const float* p) { return {load(p), load(p + LANES)}; }
-LMLAB_INLINE Pair load_pair(const bf16* p) {
-    u32x16 v;
-    memcpy(&v, p, sizeof v);
-    return {(f32x16)(v << 16), (f32x16)(v & 0xffff0000)};
-}
 
 // Products of N rows of x with R rows of a weight, `apart` from each other: each is sixteen sums along the row, then the sum of these. x is filled up with zeros.
 template <int R, int N, class T> LMLAB_INLINE void products(const float* x, int64_t filled, const T* weight, int64_t apart, int64_t d, float* y, int64_t stride) {

@@ -9,7 +9,7 @@
 
 A layer is `x += o(sub_norm(attention(q, k, v of norm(x))))`, then `x += down(sub_norm(act(gate(h)) * up(h)))` with `h = norm(x)`: a BitNet, or
 a Llama where the sub-norms are `None`. Linear layers are those of `lmlab.kernels.ternary`, with the same bits. Everything else is float32,
-but for the mean square of a norm, whose sum is in float64, so that its order does not count.
+but for the root of a norm, which is in float64, so that the order of its sum does not count.
 
 What a token becomes depends on the tokens of its row alone, bit for bit in C++: not on the batch, the cut of a prompt into calls, the
 number of threads, the instruction set. There are no gradients; for these take `ternary.linear` and torch's attention.
@@ -17,17 +17,18 @@ number of threads, the instruction set. There are no gradients; for these take `
 
 import ctypes
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from lmlab.kernels import Operation, cpu
-from lmlab.kernels.ternary import PackedTernary, _Matrix, _memory, linear, paths
+from lmlab.kernels.ternary import PackedTernary, _Matrix, _memory, _placed, linear, pack, paths
 from torch import Tensor
 
 ACTS = ("relu2", "silu")
 DTYPES = (torch.float32, torch.bfloat16)  # of keys and values, and of the weight of a head
 KEYS = 16  # that stand side by side in a block: one vector holds the same feature of all of them
+WIDE = 32  # features of a value are filled up to a multiple of this
 NORMS = "input_norm", "attn_sub_norm", "post_norm", "ffn_sub_norm"
 
 
@@ -53,8 +54,8 @@ class State:
     "Keys and values of every layer, and how many tokens each row has; made by `Decoder.state`"
 
     decoder: object  # the `Decoder` it belongs to
-    keys: Tensor  # layers batch kv_heads blocks head_dim KEYS; keys are rotated already
-    values: Tensor  # layers batch kv_heads length' head_dim'; both filled up to a multiple of KEYS
+    keys: Tensor  # layers batch kv_heads blocks head_dim/pair KEYS pair, rotated already; pair is 2 in bfloat16, else 1
+    values: Tensor  # layers batch kv_heads length' head_dim'/(16 pair) 16 pair; feature 16 pair c + 16 p + i stands at c i p
     lengths: Tensor  # batch  int64; lower one to forget the last tokens of its row, all of them at 0
     length: int  # most tokens a row has room for
 
@@ -65,6 +66,30 @@ class State:
     @property
     def nbytes(self):
         return self.keys.nbytes + self.values.nbytes
+
+    def of(
+        self,
+        layer: int,
+        row: int,
+    ) -> tuple[Tensor, Tensor]:  # kv_heads length' head_dim; kv_heads length' head_dim'
+        "A copy of the keys and values of a row in order, with what is behind the last"
+        k, v = self.keys[layer, row], self.values[layer, row]
+        return k.transpose(2, 3).flatten(3).flatten(1, 2), v.transpose(-1, -2).flatten(2)
+
+    def put(
+        self,
+        layer: int,
+        row: int,
+        start: int,  # position of the first
+        k: Tensor,  # n kv_heads head_dim
+        v: Tensor,  # n kv_heads head_dim
+    ):
+        "Write the keys and values of tokens that follow one another"
+        keys, values, at = self.keys[layer, row], self.values[layer, row], torch.arange(start, start + len(k))
+        pair, wide = keys.shape[-1], values.shape[2:].numel()
+        keys[:, at // KEYS, :, at % KEYS] = k.unflatten(-1, (-1, pair)).to(keys.dtype)
+        v = F.pad(v, (0, wide - v.shape[-1])).transpose(0, 1).unflatten(-1, (-1, pair, 16))
+        values[:, at] = v.transpose(-1, -2).to(values.dtype)
 
 
 class _Layer(ctypes.Structure):
@@ -80,7 +105,7 @@ class _Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64) for name in ("layers", "d", "f", "heads", "kv_heads", "head_dim", "batch", "length")
     ]
-    _fields_ += [("eps", ctypes.c_float), ("scale", ctypes.c_float), ("silu", ctypes.c_int32), ("half", ctypes.c_int32)]
+    _fields_ += [("eps", ctypes.c_double), ("scale", ctypes.c_float), ("silu", ctypes.c_int32), ("half", ctypes.c_int32)]
 
 
 def _matrix(p):
@@ -168,12 +193,14 @@ class Decoder:
             if not isinstance(n, int) or n < 1:
                 raise ValueError(f"{name}: {n!r}; allowed is a whole number from 1")
         blocks, lead = -(-length // KEYS), (len(self.layers), batch, self.kv_heads)
-        wide = -(-self.head_dim // KEYS) * KEYS
+        wide = -(-self.head_dim // WIDE) * WIDE
 
         def empty(*shape):
             return _memory(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
-        keys, values = empty(*lead, blocks, self.head_dim, KEYS), empty(*lead, blocks * KEYS, wide)
+        pair = 2 if dtype == torch.bfloat16 else 1
+        keys = empty(*lead, blocks, self.head_dim // pair, KEYS, pair)
+        values = empty(*lead, blocks * KEYS, wide // (16 * pair), 16, pair)
         self._rotate_up_to(length)
         return State(self, keys, values, torch.zeros(batch, dtype=torch.long), length)
 
@@ -230,18 +257,19 @@ class Decoder:
 
     def _full(self, state, rows, counts, n):
         "Say which row has no room"
-        for r, c in zip(rows or range(state.batch), counts or [n] * state.batch, strict=True):
+        rows = range(state.batch) if rows is None else rows
+        for r, c in zip(rows, [n] * len(rows) if counts is None else counts, strict=True):
             held = int(state.lengths[r])
             if not 0 <= held <= state.length - c:
                 raise ValueError(f"state: row {r} holds {held} tokens and has room for {state.length}; {c} more do not fit")
 
 
 def rms_norm(x, weight, eps):  # `None` for a weight is no norm
-    "`weight * x / sqrt(mean(x^2) + eps)` in float32, the mean in float64"
+    "`weight * x / sqrt(mean(x^2) + eps)` in float32; what x is divided by is in float64 until it is ready"
     if weight is None:
         return x
-    mean = x.double().square().mean(-1, keepdim=True).float()
-    return weight * (x * (1 / (mean + eps).sqrt()))
+    mean = x.double().square().mean(-1, keepdim=True)
+    return weight * (x * (1 / (mean + eps).sqrt()).float())
 
 
 def rotate(x, cos, sin):
@@ -254,36 +282,37 @@ def _attend(dec, state, layer, row, q, k, v):
     "One row's new tokens against all of its tokens; n (heads or kv_heads) head_dim"
     n, start = len(q), int(state.lengths[row])
     end = start + n
-    at = torch.arange(start, end)
     cos, sin = dec._rotations[start:end, :, None].unbind(1)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    keys, values = state.keys[layer, row], state.values[layer, row]
-    keys[:, at // KEYS, :, at % KEYS] = k.to(keys.dtype)
-    values[:, start:end, : dec.head_dim] = v.transpose(0, 1).to(values.dtype)
-    k = keys.transpose(-1, -2).flatten(1, 2)[:, :end].float()
-    v = values[:, :end, : dec.head_dim].float()
-    q = q.transpose(0, 1).unflatten(0, (dec.kv_heads, -1))  # kv_heads group n head_dim
-    scores = q @ k[:, None].mT * dec.head_dim**-0.5
-    scores = scores.masked_fill(torch.arange(end) > at[:, None], -torch.inf)
-    return (scores.softmax(-1) @ v[:, None]).flatten(0, 1).transpose(0, 1).flatten(1)
+    state.put(layer, row, start, k, v)
+    k, v = (t[:, None, :, : dec.head_dim].float() for t in state.of(layer, row))  # kv_heads 1 length' head_dim
+    q = q.transpose(0, 1).unflatten(0, (dec.kv_heads, -1)) * dec.head_dim**-0.5  # kv_heads group n head_dim
+    out = q.new_empty(n, dec.heads, dec.head_dim)
+    for i, seen in enumerate(range(start + 1, end + 1)):  # no token meets a later one, not even with a weight of zero
+        scores = q[:, :, i : i + 1] @ k[:, :, :seen].mT
+        out[i] = (scores.softmax(-1) @ v[:, :, :seen]).flatten(0, 2)
+    return out.flatten(1)
 
 
 @torch.no_grad()
 def reference(dec, x, state, rows, counts, n):
     "The definition of a decoder, in torch"
     dec._full(state, rows, counts, n)
-    rows, counts = rows or list(range(state.batch)), counts or [n] * state.batch
+    rows = list(range(state.batch)) if rows is None else rows
+    counts = [n] * len(rows) if counts is None else counts
     shape, x = x.shape, x.reshape(-1, dec.d).clone()
     act = {"relu2": lambda g: g.relu().square(), "silu": F.silu}[dec.act]
     for i, l in enumerate(dec.layers):
         h = rms_norm(x, l.input_norm, dec.eps)
         qkv = (linear(h, p, backend="reference").unflatten(-1, (-1, dec.head_dim)).split(counts) for p in (l.q, l.k, l.v))
-        a = torch.cat([_attend(dec, state, i, row, *one) for row, *one in zip(rows, *qkv, strict=True)])
+        rows_of = [_attend(dec, state, i, row, *one) for row, *one in zip(rows, *qkv, strict=True)]
+        a = torch.cat([x.new_empty(0, dec.heads * dec.head_dim), *rows_of])
         x += linear(rms_norm(a, l.attn_sub_norm, dec.eps), l.o, backend="reference")
         h = rms_norm(x, l.post_norm, dec.eps)
         g, u = (linear(h, p, backend="reference") for p in (l.gate, l.up))
         x += linear(rms_norm(act(g) * u, l.ffn_sub_norm, dec.eps), l.down, backend="reference")
-    state.lengths[rows] += torch.tensor(counts)
+    for row, count in zip(rows, counts, strict=True):
+        state.lengths[row] += count
     return x.view(shape)
 
 
@@ -347,3 +376,115 @@ def head(
             f"weight: {weight.dtype} of shape {tuple(weight.shape)}; allowed is float32 or bfloat16 [vocab, {x.shape[1]}]"
         )
     return HEAD.pick(backend, x.device.type, x.dtype)[1](x.detach(), weight.detach())
+
+
+def _bitnet(layers, format="auto"):
+    "Layers of the shape of a BitNet with 2 billion weights; all have the same weights, but each its own memory"
+    d, heads, kv_heads, head_dim, f = 2560, 20, 5, 128, 6912
+    shapes = {
+        "q": (heads * head_dim, d), "k": (kv_heads * head_dim, d), "v": (kv_heads * head_dim, d),
+        "o": (d, heads * head_dim), "gate": (f, d), "up": (f, d), "down": (d, f),
+    }  # fmt: skip
+    packed = {
+        name: pack(torch.randint(-1, 2, shape, dtype=torch.int8), shape[1] ** -0.5, format)
+        for name, shape in shapes.items()
+    }
+    norms = {name: torch.ones(f if name == "ffn_sub_norm" else d) for name in NORMS}
+    made = [
+        Layer(**norms, **{name: replace(p, codes=_placed(p.codes)) for name, p in packed.items()})
+        for _ in range(layers)
+    ]
+    return Decoder(made, heads, kv_heads, head_dim, 5e5 ** -(torch.arange(head_dim // 2) * 2 / head_dim))
+
+
+def _llama(dec):
+    "The stock model of this shape in bfloat16"
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=dec.d, intermediate_size=dec.f, num_hidden_layers=len(dec.layers),
+        num_attention_heads=dec.heads, num_key_value_heads=dec.kv_heads, head_dim=dec.head_dim,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaModel(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.01)
+    model.rotary_emb.inv_freq = dec.inv_freq.clone()
+    return model
+
+
+def _llama_step(model, batch, n, context):
+    "A call that leaves its cache as it was"
+    from transformers.cache_utils import DynamicCache
+
+    c, x = model.config, torch.randn(batch, n, model.config.hidden_size).bfloat16()
+    shape = batch, c.num_key_value_heads, context, c.head_dim
+
+    def step():
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(held):
+            cache.update(k, v, layer)
+        with torch.no_grad():
+            return model(inputs_embeds=x, past_key_values=cache).last_hidden_state
+
+    held = [[torch.randn(shape).bfloat16() for _ in range(2)] for _ in range(c.num_hidden_layers)]
+    return step
+
+
+def _race(dec, model, batch, n, context, dtype, threads, rounds, budget):
+    "The next `n` tokens of each row: the decoder, what it reads merely read, what it multiplies merely multiplied, and transformers"
+    from lmlab.core.bench import paired
+
+    state, x, lib = dec.state(batch, context + n, dtype), torch.randn(batch, n, dec.d), cpu.library()
+    for t in (state.keys, state.values):
+        t.normal_()
+    weights = sum(getattr(l, name).nbytes for l in dec.layers for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    cached = 2 * len(dec.layers) * batch * context * dec.kv_heads * dec.head_dim * dtype.itemsize
+    memory = _memory(weights + cached).fill_(1)
+    products = batch * n * sum(p.out_features * p.in_features for l in dec.layers for p in (l.q, l.k, l.v, l.o, l.gate, l.up, l.down))  # fmt: skip
+
+    def step():
+        state.lengths.fill_(context)
+        dec(x, state)
+
+    fns = {"decoder": step, "plain read": lambda: cpu.plain_read(memory)}
+    if once := lib.lmlab_peak(b"int8", 1, 1):
+        fns["int8 peak"] = lambda: lib.lmlab_peak(b"int8", max(1, 2 * products // once // threads), threads)
+    if model is not None:
+        fns["transformers bfloat16"] = _llama_step(model, batch, n, context)
+    timing = paired(fns, rounds=rounds, threads=threads, budget=budget)
+    work = {"bytes": weights + cached, "flops": 2 * products}
+    work["fraction of plain read"] = {"decoder": timing.ratio("plain read", "decoder")}
+    if once:
+        work["fraction of int8 peak"] = {"decoder": timing.ratio("int8 peak", "decoder")}
+    if model is not None:
+        work["times as fast as"] = {
+            "transformers bfloat16": timing.ratio("transformers bfloat16", "decoder")
+        }
+    return timing, work
+
+
+def bench(
+    quick: bool = False,  # four layers, no transformers, fewer rounds
+) -> dict:  # name of the case -> (`Timing`, what was read and multiplied, and the ratios that count)
+    "Twelve layers of the shape of a BitNet with 2 billion weights: single tokens, a batch of them, and prompts"
+    if cpu.missing():
+        raise RuntimeError(f"bench: decoder kernels need the C++ library, but {cpu.missing()}")
+    dec, out = _bitnet(4 if quick else 12), {}
+    model = None if quick else _llama(dec)
+    cases = [
+        (1, 1, 64, torch.float32),
+        (1, 1, 1024, torch.float32),
+        (1, 1, 1024, torch.bfloat16),
+        (8, 1, 64, torch.float32),
+        (1, 64, 0, torch.float32),
+        (1, 512, 0, torch.float32),
+    ]
+    for threads in sorted({1, torch.get_num_threads()}):
+        for batch, n, context, dtype in cases[::4] if quick else cases:
+            what = f"prompt of {n}" if n > 1 else f"next token of {batch}, context {context}"
+            name = f"{what}, cache {str(dtype).removeprefix('torch.')}, {threads} thread{'s' * (threads > 1)}"
+            out[name] = _race(dec, model, batch, n, context, dtype, threads, *((9, 1) if quick else (41, 6)))
+    return out

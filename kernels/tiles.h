@@ -54,6 +54,11 @@ template <class T> LMLAB_INLINE void quantize_body(const T* x, int64_t k, int64_
         i32x16 n = (i32x16)shifted - 0x4b400000;
         total += n;
         i8x16 low = __builtin_convertvector(n, i8x16);
+        if (stride == 4 && padded - i >= LANES) {
+            memcpy(q, &low, 16);
+            q += 16;
+            continue;
+        }
         int32_t four[4];
         memcpy(four, &low, 16);
         int groups = padded - i < LANES ? (padded - i) / 4 : 4;

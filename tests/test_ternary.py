@@ -497,15 +497,15 @@ int main() {
 """
 
 
-def compiled(tmp_path, flags, compiler=None):
+def compiled(tmp_path, flags, compiler=None, driver=DRIVER, kernels=("machine", "ternary")):
     "The driver with the kernels, or a skip when this compiler cannot do it"
     compiler = compiler or os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler or not shutil.which(compiler.split()[0]):
         pytest.skip(f"{compiler or 'a C++ compiler'} is not there")
-    kernels = Path(T.__file__).resolve().parent
+    folder = Path(T.__file__).resolve().parent
     source = tmp_path / "driver.cpp"
-    source.write_text(DRIVER)
-    files = [str(f) for f in (kernels / "machine.cpp", kernels / "ternary.cpp", source)]
+    source.write_text(driver)
+    files = [str(f) for f in (*(folder / f"{name}.cpp" for name in kernels), source)]
     program = tmp_path / "driver"
     command = [
         *compiler.split(),
@@ -513,7 +513,7 @@ def compiled(tmp_path, flags, compiler=None):
         "-std=c++17",
         "-ffp-contract=off",
         "-Wno-psabi",
-        f"-I{kernels}",
+        f"-I{folder}",
         *files,
         "-o",
         str(program),

@@ -98,11 +98,19 @@ def bit_linear(
     return _BitLinear.apply(x, w, bias, round_inputs)
 
 
-# %% ../../nbs/compression/bitnet.ipynb #69c9f94a
+# %% ../../nbs/compression/bitnet.ipynb #1612baa0
 class BitLinear(nn.Linear):
     "A linear layer that trains latent weights and computes with ternary ones"
 
-    def __init__(self, in_features, out_features, bias=False, norm=None, round_inputs=True, **kw):
+    def __init__(
+        self,
+        in_features: int,  # inputs
+        out_features: int,  # outputs
+        bias: bool = False,  # stays in full precision
+        norm: nn.Module = None,  # in front of the rounding
+        round_inputs: bool = True,  # False: ternary weights only
+        **kw,  # device and dtype of the latent weights
+    ):
         super().__init__(in_features, out_features, bias, **kw)
         self.norm, self.round_inputs = norm, round_inputs
 
@@ -132,17 +140,21 @@ def _finite(name, w):
 def _recorded(model):
     "The model, with what `from_pretrained` needs to build its layers again written into its config"
     kinds = {n: m.ternary_kind() for n, m in model.named_modules() if hasattr(m, "ternary_kind")}
-    if hasattr(model, "config"):
-        if kinds:
-            model.config.quantization_config = TernaryConfig(kinds).to_dict()
-        elif hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+    config, quantizer = getattr(model, "config", None), getattr(model, "hf_quantizer", None)
+    if kinds and quantizer is not None:  # of a model that was loaded
+        quantizer.quantization_config = TernaryConfig(kinds)
+    elif quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    if kinds and config is not None:
+        config.quantization_config = TernaryConfig(kinds).to_dict()
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
     return model
 
 
 def bitify(
     model: nn.Module,  # any model of `nn.Linear` layers; changed in place, its weights become the latent ones
-    sub_norm: tuple = (),  # last parts of the names of layers that get an RMSNorm in front, e.g. ("o_proj", "down_proj")
+    sub_norm: tuple = (),  # layers that get an RMSNorm in front, e.g. ("o_proj", "down_proj")
     round_inputs: bool = True,  # activations in int8; False: weights only
     skip: tuple = ("lm_head",),  # layers that stay as they are
 ) -> nn.Module:  # the same model
@@ -168,11 +180,11 @@ def bitify(
     return _recorded(model)
 
 
-# %% ../../nbs/compression/bitnet.ipynb #4b6c5235
+# %% ../../nbs/compression/bitnet.ipynb #08231cb9
 def bitnet_config(
-    hidden_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
+    hidden_size: int,  # d
+    num_hidden_layers: int,  # blocks
+    num_attention_heads: int,  # of queries, keys and values
     **kw,  # any field of `transformers.BitNetConfig`
 ):  # a `BitNetConfig` over bytes, its head tied to the embeddings
     "A small model in `transformers`' BitNet layout"
@@ -189,11 +201,16 @@ def bitnet_config(
     return BitNetConfig(**(own | shape | kw))
 
 
-# %% ../../nbs/compression/bitnet.ipynb #e1e52580
+# %% ../../nbs/compression/bitnet.ipynb #5df0c38d
 class PackedLinear(nn.Module):
     "A ternary linear layer in 2 or 1.6 bits a weight; its inputs are rounded to int8"
 
-    def __init__(self, packed, bias=None, norm=None):
+    def __init__(
+        self,
+        packed: PackedTernary,  # weights and scale
+        bias: Tensor = None,  # out
+        norm: nn.Module = None,  # in front of the rounding
+    ):
         super().__init__()
         self.in_features, self.out_features, self.format = (
             packed.in_features,
@@ -231,7 +248,8 @@ def dense_codes(
     codes = (w.float() / beta.clamp(min=1e-30)).round()
     if n := int((w.float() != codes * beta).sum()):
         raise ValueError(
-            f"{name}: {n} of {w.numel()} values are none of -{beta:g}, 0, {beta:g}; train with `bitify`, or pack a model that is ternary"
+            f"{name}: {n} of {w.numel()} values are none of -{beta:g}, 0, {beta:g}; "
+            "train with `bitify`, or pack a model that is ternary"
         )
     return codes, beta
 
@@ -252,7 +270,7 @@ def pack(
         _finite(name, old.weight)
         if kind is BitLinear and not old.round_inputs:
             raise ValueError(
-                f"model: {name} was trained with inputs that are not rounded; packed layers round them to int8"
+                f"model: {name} was trained with its inputs not rounded; packed layers round them to int8"
             )
         with torch.no_grad():
             codes, beta = quantize_weight(old.weight) if kind is BitLinear else dense_codes(old.weight, name)
@@ -377,7 +395,7 @@ def from_rows(
     return _from_bytes(packed, (0, 2, 4, 6)).flatten(0, 1)
 
 
-# %% ../../nbs/compression/bitnet.ipynb #e16d4563
+# %% ../../nbs/compression/bitnet.ipynb #2275970c
 def from_transformers_bitnet(
     name,  # a folder, or a name on the Hub, e.g. "microsoft/bitnet-b1.58-2B-4T"
     dtype: torch.dtype = None,  # of everything but the ternary layers; default: the checkpoint's
@@ -442,7 +460,8 @@ def save_transformers_bitnet(
         if isinstance(m, PackedLinear):
             if m.norm is not None or m.out_features % 4:
                 raise ValueError(
-                    f"model: {name} has {m.out_features} outputs{' and a norm of its own' * (m.norm is not None)}; this layout takes multiples of 4, without norms"
+                    f"model: {name} has {m.out_features} outputs{' and a norm' * (m.norm is not None)}; "
+                    "this layout takes multiples of 4, without norms"
                 )
             del tensors[f"{name}.codes"], tensors[f"{name}.scale"]
             tensors[f"{name}.weight"] = to_rows(m.packed.unpack())
@@ -458,7 +477,7 @@ def save_transformers_bitnet(
     save_file(tensors, Path(folder, "model.safetensors"), {"format": "pt"})
 
 
-# %% ../../nbs/compression/bitnet.ipynb #30394843
+# %% ../../nbs/compression/bitnet.ipynb #f356ee09
 def _decoder(model):
     "The layers of a packed model as one `Decoder`"
     from lmlab.kernels.decoder import Decoder, Layer
@@ -471,7 +490,8 @@ def _decoder(model):
         or rope.attention_scaling != 1
     ):
         raise ValueError(
-            f"model: hidden_act {config.hidden_act!r} with {rope.rope_type!r} positions; allowed are 'relu2' and 'silu', with fixed and unscaled angles"
+            f"model: hidden_act {config.hidden_act!r} with {rope.rope_type!r} positions; "
+            "allowed are 'relu2' and 'silu', with fixed and unscaled angles"
         )
 
     def one(name, layer):
@@ -486,7 +506,8 @@ def _decoder(model):
                 or (p.norm is not None and k not in ("o", "down"))
             ):
                 raise ValueError(
-                    f"model: {k}_proj of {name} is {p}; allowed are packed layers without bias, with a norm only in o_proj and down_proj"
+                    f"model: {k}_proj of {name} is {p}; allowed are packed layers without bias, "
+                    "with a norm only in o_proj and down_proj"
                 )
         subs = {}
         for k, own, p in (("attn_sub_norm", a, a.o_proj), ("ffn_sub_norm", m, m.down_proj)):
@@ -558,11 +579,12 @@ class Engine:
         for i, p in enumerate(texts):
             if not p or min(p) < 0 or max(p) >= self.vocab:
                 raise ValueError(
-                    f"prompts: row {i} has {len(p)} ids; allowed is one or more, each from 0 to {self.vocab - 1}"
+                    f"prompts: row {i} has {len(p)} ids; allowed are one or more, from 0 to {self.vocab - 1}"
                 )
         if max_new_tokens < 1 or temperature <= 0 or not 0 < top_p <= 1:
             raise ValueError(
-                f"max_new_tokens, temperature, top_p: {max_new_tokens}, {temperature}, {top_p}; allowed are >= 1, > 0, and (0, 1]"
+                f"max_new_tokens, temperature, top_p: {max_new_tokens}, {temperature}, {top_p}; "
+                "allowed are >= 1, > 0, and (0, 1]"
             )
         chain = LogitsProcessorList(processors)
         if do_sample:
@@ -610,7 +632,7 @@ class Engine:
             yield got[0]
 
 
-# %% ../../nbs/compression/bitnet.ipynb #de006b25
+# %% ../../nbs/compression/bitnet.ipynb #97d48eca
 def two_stage(
     step: int,  # from 0
     steps: int,  # length of the run
@@ -624,7 +646,12 @@ def two_stage(
 class TwoStage(torch.optim.lr_scheduler.LambdaLR):
     "`two_stage` for an optimiser, with linear warm-up"
 
-    def __init__(self, optimizer, steps, warmup=0):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,  # its rates are the peaks, its weight decay that of the first half
+        steps: int,  # length of the run
+        warmup: int = 0,  # steps
+    ):
         self.steps, self.decays = steps, [g["weight_decay"] for g in optimizer.param_groups]
         super().__init__(
             optimizer, lambda i: two_stage(min(i, steps), steps)[0] * min(1, (i + 1) / (warmup + 1))
@@ -637,19 +664,15 @@ class TwoStage(torch.optim.lr_scheduler.LambdaLR):
             g["weight_decay"] = decay * of_decay
 
 
-# %% ../../nbs/compression/bitnet.ipynb #350ea357
-def packed_from_float(model):
-    "Ternary without training, for the checkers: what the formats keep, not what the model knows"
+# %% ../../nbs/compression/bitnet.ipynb #3fb69d3d
+def packed_from_float(
+    model: nn.Module,  # changed in place
+) -> nn.Module:
+    "Round a model that was not trained ternary: what the formats keep of it, not what it knows"
     return pack(bitify(model))
 
 
 def contracts():
     "What the shared checkers test"
-    return [
-        (
-            "compression",
-            "packed",
-            dict(compress=packed_from_float, restore=unpack, trains=False, reference=bitify),
-        ),
-        ("compression", "latent", dict(compress=bitify)),
-    ]
+    packed = dict(compress=packed_from_float, restore=unpack, trains=False, reference=bitify)
+    return [("compression", "packed", packed), ("compression", "latent", dict(compress=bitify))]
