@@ -61,7 +61,7 @@ setup(
     package_data={
         "lmlab.kernels": ["*.cpp", "*.h"],
         "lmlab._book": ["catalogue.tsv", "*.ipynb", "*/*.ipynb"],
-        "lmlab._results": ["*/*.json"],
+        "lmlab._results": ["*/*.json", "*/*.svg"],
     },
     ext_modules=[library] if sources else [],
     cmdclass={"build_ext": PlainC},

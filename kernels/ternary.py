@@ -7,7 +7,8 @@
 Each token of `x` is rounded to int8 by its largest magnitude, `q = round(x * 127 / max|x|)`, half to even; the layer is
 `(q @ w.T) * (max|x| / 127) * scale + bias`, the product in int32 and the rest in float32. Every backend, instruction set and number of
 threads returns the same bits. A token that holds a NaN or an infinity becomes NaN in all its outputs, and changes no other token.
-The gradient passes straight through the rounding: that of `x` is `grad @ (scale * w)`.
+The gradient passes straight through the rounding: that of `x` is `grad @ (scale * w)`. With `activations="bf16"` tokens are only rounded to
+bfloat16, for weights without the activations they were trained with; sums are then in float32.
 """
 
 import ctypes
@@ -285,6 +286,12 @@ def reference(x, codes, scale, bias, rows, inputs, format):
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+def reference_floats(x, codes, scale, bias, rows, inputs, format):
+    "The definition of `linear` with activations in bfloat16"
+    y = (x.bfloat16().float() @ _unpack(codes, rows, inputs, format).float().mT) * scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
 class _Matrix(ctypes.Structure):
     "`Matrix` in ternary.cpp"
 
@@ -344,7 +351,15 @@ def on_triton(*args):
     return ternary_triton.on_triton(*args)
 
 
+def floats_on_triton(*args):
+    "As `reference_floats`, in Triton"
+    from lmlab.kernels import ternary_triton
+
+    return ternary_triton.floats_on_triton(*args)
+
+
 LINEAR = Operation("ternary_linear", reference, on_cpu, on_triton, dtypes=DTYPES)
+FLOATS = Operation("ternary_linear_floats", reference_floats, triton=floats_on_triton, dtypes=DTYPES)
 
 
 @torch.library.custom_op("lmlab::ternary_linear", mutates_args=())
@@ -361,9 +376,18 @@ def _linear(
     return LINEAR.pick(backend, x.device.type, x.dtype)[1](x, codes, scale, bias, rows, inputs, format)
 
 
-@_linear.register_fake
-def _(x, codes, scale, bias, rows, inputs, format, backend):
-    return x.new_empty(*x.shape[:-1], rows)
+@torch.library.custom_op("lmlab::ternary_linear_floats", mutates_args=())
+def _floats(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    inputs: int,
+    format: str,
+    backend: str,
+) -> Tensor:
+    return FLOATS.pick(backend, x.device.type, x.dtype)[1](x, codes, scale, bias, rows, inputs, format)
 
 
 def _setup(ctx, inputs, output):
@@ -378,11 +402,13 @@ def _gradients(ctx, grad):
     if ctx.needs_input_grad[0]:
         dx = ((grad.float() * scale) @ _unpack(codes, ctx.rows, ctx.inputs, ctx.format).float()).to(ctx.dtype)
     if ctx.needs_input_grad[3]:
-        db = grad.float().reshape(-1, ctx.rows).sum(0).to(ctx.bias)
+        db = grad.float().reshape(math.prod(grad.shape[:-1]), ctx.rows).sum(0).to(ctx.bias)
     return dx, None, None, db, None, None, None, None
 
 
-_linear.register_autograd(_gradients, setup_context=_setup)
+for _op in (_linear, _floats):
+    _op.register_fake(lambda x, codes, scale, bias, rows, *_: x.new_empty(*x.shape[:-1], rows))
+    _op.register_autograd(_gradients, setup_context=_setup)
 
 
 def linear(
@@ -390,6 +416,7 @@ def linear(
     packed: PackedTernary,
     bias: Tensor = None,  # out
     backend: str = "auto",  # see `lmlab.kernels`
+    activations: str = "int8",  # "bf16": not rounded to int8; fast on a GPU only, and bits depend on the backend
 ) -> Tensor:  # ... out  dtype of `x`
     "`(q @ w.T) * (max|x| / 127) * scale + bias` with `q` the tokens of `x` in int8; not-finite tokens give NaN"
     if not isinstance(packed, PackedTernary):
@@ -409,7 +436,10 @@ def linear(
             )
         if bias.device != x.device:
             raise ValueError(f"bias: on {bias.device}, and x on {x.device}; both must be on one device")
-    return _linear(
+    if activations not in ("int8", "bf16"):
+        raise ValueError(f"activations: {activations!r}; allowed are 'int8', 'bf16'")
+    op = _linear if activations == "int8" else _floats
+    return op(
         x, packed.codes, packed.scale, bias, packed.out_features, packed.in_features, packed.format, backend
     )
 
@@ -445,7 +475,7 @@ def _race(rows, inputs, tokens, threads, rounds, budget):
     fns["torch float32"] = lambda: F.linear(x, following[torch.float32]())
     fns["torch int8 _int_mm"] = lambda: torch._int_mm(q, following[torch.int8]().mT)
     timing = paired(fns, rounds=rounds, threads=threads, budget=budget)
-    work = {"bytes": packed["2bit"].codes.nbytes, "flops": flops}
+    work = {"bytes": packed["2bit"].codes.nbytes, "flops": flops, "dtype": "int8"}
     work["time over plain read"] = {format: timing.ratio(format, "plain read") for format in FORMATS}
     if once:
         work["fraction of int8 peak"] = {format: timing.ratio("int8 peak", format) for format in FORMATS}

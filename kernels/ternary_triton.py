@@ -190,6 +190,49 @@ def _many(
     _store(y + n[None, :].to(tl.int64) * rows + row, out, mask)
 
 
+@triton.jit
+def _floats(
+    x,  # tokens inputs
+    codes,  # tiles steps 32 4  bytes
+    parts,  # splits tokens rows  sums, where there are several
+    scale,
+    bias,
+    y,  # tokens rows
+    tokens,
+    rows,
+    inputs,
+    steps,
+    share,  # steps of one program
+    R: tl.constexpr,
+    N: tl.constexpr,
+    S: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SCALES: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    "As `_many`, on activations that were not rounded to int8, with the inputs of a tile spread over programs as in `_few`"
+    r, n = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * N + tl.arange(0, N)
+    k, part = tl.arange(0, 4 * S), tl.program_id(2)
+    place = (r // 32).to(tl.int64) * steps * 128 + r % 32 * 4
+    token, known = n.to(tl.int64)[None, :] * inputs, (n < tokens)[None, :]
+    sums = tl.zeros([R, N], tl.float32)
+    for at in range(part * share, tl.minimum(part * share + share, steps), S):
+        s = at + k // 4
+        inside = (r < rows)[:, None] & (s < steps)[None, :]
+        w = tl.load(codes + place[:, None] + (s * 128 + k % 4)[None, :], mask=inside, other=0)
+        for p in tl.static_range(4):
+            i = (16 * s + 4 * p + k % 4)[:, None]
+            v = tl.load(x + token + i, mask=(i < inputs) & known, other=0.0)
+            sums = tl.dot((((w >> 2 * p) & 3).to(tl.int8) - 1).to(v.dtype), v, sums)
+    row, to = r[:, None], n[None, :].to(tl.int64) * rows + r[:, None]
+    if SPLIT:
+        tl.store(parts + part.to(tl.int64) * tokens * rows + to, sums, mask=(row < rows) & known)
+    else:
+        sums = sums * (tl.load(scale + row, mask=row < rows, other=0.0) if SCALES else tl.load(scale))
+        sums = sums + tl.load(bias + row, mask=row < rows, other=0.0) if BIAS else sums
+        _store(y + to, sums, (row < rows) & known)
+
+
 def _two_bit(codes, rows, inputs, format):
     "Codes in 2 bits a weight, made once"
     if format == "2bit" or not codes.numel():
@@ -265,3 +308,37 @@ def _launch(x, codes, scale, bias, y, inputs):
     _few[tiles, splits](*words, *end, steps, padded, share, **sizes, DP4A=dp4a, **given)
     if splits > 1:
         _join[triton.cdiv(rows, 256), tokens](parts, *end, splits, BLOCK=256, **given)
+
+
+def floats_on_triton(
+    x: Tensor,  # ... in
+    codes: Tensor,
+    scale: Tensor,  # 1 or out
+    bias: Tensor | None,  # out
+    rows: int,
+    inputs: int,
+    format: str,
+) -> Tensor:  # ... out
+    "As `reference_floats` of lmlab.kernels.ternary, in Triton"
+    y = x.new_empty(*x.shape[:-1], rows)
+    if not y.numel():
+        return y
+    codes, tokens = _two_bit(codes, rows, inputs, format).contiguous(), y.numel() // rows
+    steps, few = codes.shape[1], tokens <= 16
+    r, n = (32, 16) if few else (128, 64)
+    grid, blocks = (triton.cdiv(rows, r), triton.cdiv(tokens, n)), max(1, triton.cdiv(steps, STEPS))
+    share = triton.cdiv(blocks, max(1, min(_room(x.device)[0] // (grid[0] * grid[1]), blocks))) * STEPS
+    splits = max(1, triton.cdiv(steps, share))
+    parts = x.new_empty(splits, *y.shape, dtype=torch.float32) if splits > 1 else scale
+    bias, x = None if bias is None else bias.float().contiguous(), x.bfloat16().contiguous()
+    x = x if x.is_cuda else x.float()  # Triton's interpreter has no product of matrices in bfloat16
+    with torch.cuda.device_of(x):
+        _floats[*grid, splits](
+            x, codes, parts, scale.contiguous(), scale if bias is None else bias, y, tokens,
+            rows, inputs, steps, share, R=r, N=n, S=STEPS // 2 if few else STEPS // 4, SPLIT=splits > 1,
+            SCALES=scale.numel() > 1, BIAS=bias is not None, num_warps=4 if few else 8, num_stages=3,
+        )  # fmt: skip
+        if splits > 1:
+            out = parts.sum(0) * scale
+            y.copy_(out if bias is None else out + bias)
+    return y

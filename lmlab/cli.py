@@ -21,6 +21,7 @@ __all__ = [
     "report",
     "report_text",
     "field_svg",
+    "bench",
     "parser",
     "main",
 ]
@@ -635,6 +636,31 @@ def field_svg(
     return "\n".join([head, f'<rect width="{wide}" height="{high}" fill="white"/>', *body, "</svg>", ""])
 
 
+# %% ../nbs/cli.ipynb #45dd14bd
+def bench(
+    name: str = None,  # a kernel family, or "all"; None: list them
+    save: bool = False,  # into `results/bench`
+) -> int:  # exit status
+    "Race kernels against their peers and this machine's limits"
+    from lmlab.core import bench
+    from lmlab.kernels import FAMILIES, family
+
+    if name is None:
+        kept = lambda n: "saved" if bench.saved(n) else ""
+        about = lambda n: family(n).__doc__.splitlines()[0]
+        print(table([dict(family=n, measured=kept(n), what=about(n)) for n in FAMILIES], _width()))
+        print("\nlmlab bench FAMILY, or lmlab bench all")
+        return 0
+    status = 0
+    for n in FAMILIES if name == "all" else [name]:
+        try:
+            print(f"saved: {bench.report(n, save=save)}\n")
+        except RuntimeError as e:  # no library, no GPU
+            print(f"lmlab bench: {n}: {e}", file=sys.stderr)
+            status = 1
+    return status
+
+
 # %% ../nbs/cli.ipynb #d5904ce5
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -692,7 +718,8 @@ def parser() -> argparse.ArgumentParser:
     )
 
     c = sub.add_parser("bench", help="time the kernels against their peers and against this machine", **new)
-    c.add_argument("kernel", metavar="KERNEL", nargs="?")
+    c.add_argument("kernel", metavar="KERNEL", nargs="?", help="a family, or all; left out: list them")
+    c.add_argument("--save", action="store_true", help="keep table and figure in results/bench, for the site")
 
     c = sub.add_parser("docs", help="build the site", **new)
     c.add_argument("--out", type=Path, help="folder for the pages")
@@ -742,9 +769,7 @@ def _command(a) -> int:
             if not a.json:
                 print(f"figure: {figure}")
     elif a.command == "bench":
-        from lmlab.core import bench
-
-        print(bench.report(*[a.kernel] * bool(a.kernel)))
+        return bench(a.kernel, a.save)
     elif a.command == "docs":
         from lmlab.core import site
 

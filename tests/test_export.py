@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lmlab.kernels import FAMILIES
 
 from lmlab.core import ledger
 from lmlab.core.ledger import book_dir, catalogue
@@ -179,8 +180,14 @@ def test_committed_result_is_fresh(slug):
 
 
 def test_ledger_has_no_orphans():
-    "Every results folder belongs to a written chapter and reads well"
+    "Every results folder belongs to a written chapter and reads well; beside them stand the kernels' measurements"
+    from lmlab.core.bench import saved
+
+    assert "bench" not in catalogue()
     for file in sorted(ledger.results_dir().rglob("*.json")):
+        if file.parent.name == "bench":
+            assert saved(file.stem)["family"] == file.stem in FAMILIES, file
+            continue
         res = ledger.read_results(file)
         assert (res["slug"], f"{res['scale']}.json") == (file.parent.name, file.name), file
         assert ledger.built(res["slug"]), f"{file}: results of a chapter that does not exist"

@@ -1,12 +1,14 @@
 """The hand-written kernels: each equals its definition on every path, and nothing breaks where a path is missing."""
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lmlab.kernels as kernels
 import pytest
@@ -384,3 +386,91 @@ def test_families_can_be_raced():
         assert callable(kernels.family(name).bench)
     with pytest.raises(ValueError, match="'ternry'.*decay, read"):
         kernels.family("ternry")
+
+
+@pytest.fixture
+def raced(tmp_path, monkeypatch):
+    "A results folder, limits that cost nothing, and families of which one cannot run here"
+    from lmlab.core import bench
+
+    n = torch.get_num_threads()
+    timing = bench.Timing({"2bit": [1.0, 1.1, 1.2], "torch": [4.0, 4.0, 4.0]}, threads=n)
+    work = {"bytes": 100, "flops": 400, "dtype": "int8", "time over plain read": {"2bit": (1.04, 1.0, 1.2)}}
+    work |= {"fraction of int8 peak": {"2bit": (0.6, 0.5, 0.7), "1.6bit": (0.9, 0.8, 1.0)}}
+    cases = {f"9 x 9, {k} token{'s' * (k > 1)}, 2 threads": (timing, work) for k in (1, 128)}
+
+    def impossible(quick=False):
+        raise RuntimeError("bench: no library")
+
+    def family(name):
+        if name not in kernels.FAMILIES:
+            raise ValueError(f"name: there is no kernel family {name!r}")
+        race = (lambda quick=False: cases) if name == "ternary" else impossible
+        return SimpleNamespace(__doc__=f"What {name} is.\nMore.", bench=race)
+
+    rates = [("read", None, 50.0), ("gemm", "float32", 100.0), ("peak", "int8", 900.0)]
+    rows = [dict(limit=k, dtype=d, threads=n, device="cpu", rate=r, by="lmlab") for k, d, r in rates]
+    monkeypatch.setattr(bench, "ceilings", lambda: bench.Ceilings({"cpu": "an abacus", "gpu": None}, rows))
+    monkeypatch.setattr(bench, "results_dir", lambda: tmp_path / "results")
+    monkeypatch.setattr(kernels, "family", family)
+    monkeypatch.delenv("LMLAB_OUT", raising=False)
+    monkeypatch.setenv("LMLAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_bench_keeps_a_family_for_the_site(raced, capsys):
+    from lmlab.cli import main
+    from lmlab.core.bench import saved
+    from lmlab.core.kernels import goals, times
+
+    assert saved("ternary") is None and not goals("ternary").rows
+    assert main(["bench", "ternary"]) == 0 and not (raced / "results").exists()
+    assert (raced / "cache/runs/bench/ternary.json").exists()
+    assert main(["bench", "ternary", "--save"]) == 0
+    kept = sorted((raced / "results/bench").iterdir())
+    assert [p.name for p in kept] == ["ternary.json", "ternary.svg"]
+    figure = kept[1].read_text()
+    assert "arithmetic units" in figure and "matrix library" not in figure  # the roof of int8, not of float32
+    assert main(["bench", "ternary", "--save"]) == 0 and kept[1].read_text() == figure
+    assert len(times("ternary").rows) == 2
+    told = {(r["case"], r["measure"]): (r["median"], r["must"], r["reached"]) for r in goals("ternary").rows}
+    assert told == {
+        ("9 x 9, 1 token, 2 threads", "time over plain read, 2bit"): ("1.04", "≤ 1.08", "must"),
+        ("9 x 9, 128 tokens, 2 threads", "fraction of int8 peak, 2bit"): ("0.6", "≥ 0.7", "short"),
+    }
+    kept[0].write_text('{"cases": [{}]}')
+    with pytest.raises(ValueError, match="not what `lmlab bench ternary --save` writes"):
+        saved("ternary")
+    capsys.readouterr()
+
+
+def test_bench_lists_and_goes_on(raced, capsys, monkeypatch):
+    from lmlab.cli import main
+
+    assert main(["bench"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"What {n} is." in listed for n in kernels.FAMILIES) and "lmlab bench all" in listed
+    assert main(["bench", "all", "--save"]) == 1  # one family can run, the others say why not
+    out, err = capsys.readouterr()
+    assert str(raced / "results/bench/ternary.json") in out
+    assert err.count("no library") == len(kernels.FAMILIES) - 1
+    assert main(["bench", "ternry"]) == 2 and "'ternry'" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *a: False)
+    assert main(["bench", "ternary", "--save"]) == 2
+    out, err = capsys.readouterr()
+    assert "cannot be written to" in err and "plain read" not in out  # before anything was measured
+
+
+def test_the_page_shows_what_is_saved():
+    from lmlab.core.kernels import goals, times
+    from lmlab.core.ledger import book_dir
+
+    nb = json.loads((book_dir() / "core" / "kernels.ipynb").read_text(encoding="utf-8"))
+    shown = [
+        "".join(o.get("data", {}).get("text/markdown", "")) for c in nb["cells"] for o in c.get("outputs", ())
+    ]
+    for name in kernels.FAMILIES:
+        tables = [t._repr_markdown_() for t in (goals(name), times(name)) if t.rows]
+        assert all(t in shown for t in tables) and any(f"`{name}`" in s for s in shown), (
+            f"{name}: run `lmlab run core/kernels --save`"
+        )

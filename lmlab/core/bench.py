@@ -21,6 +21,7 @@ __all__ = [
     "ceilings",
     "fraction",
     "report",
+    "saved",
 ]
 
 # %% ../../nbs/core/bench.ipynb #3d243480
@@ -41,7 +42,7 @@ import torch
 from torch import Tensor
 
 from .chapter import cpu_name
-from .ledger import cache_dir, markdown_table, write_json
+from .ledger import cache_dir, markdown_table, results_dir, write_json
 
 
 # %% ../../nbs/core/bench.ipynb #fb1bb963
@@ -652,11 +653,17 @@ def report(
     name: str = None,  # a kernel family; None: the ceilings alone
     out=None,  # folder for the JSON and the figure; default: env LMLAB_OUT, else `runs/bench` in the cache folder
     quick: bool = False,  # fewer cases and rounds
+    save: bool = False,  # into `results/bench`, beside the ledger, where `saved` and the site look
 ) -> Path:  # the JSON that was saved
-    "Print this machine's ceilings and, with `name`, race that kernel family; saves `<name>.json` and `<name>.png`"
+    "Print this machine's ceilings and, with `name`, race that kernel family; saves `<name>.json` and `<name>.svg`"
     from lmlab.kernels import family
 
     module = None if name is None else family(name)
+    usual = results_dir() / "bench" if save else os.environ.get("LMLAB_OUT") or cache_dir() / "runs" / "bench"
+    out = Path(out or usual)
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):  # better said now than when all is measured
+        raise ValueError(f"out: {out} cannot be written to; save from a checkout, or leave saving out")
     limits = ceilings()
     print(
         "machine: "
@@ -665,12 +672,10 @@ def report(
         limits.table(),
         sep="\n\n",
     )
-    result = {"machine": limits.machine, "ceilings": limits.rows}
-    out = Path(out or os.environ.get("LMLAB_OUT") or cache_dir() / "runs" / "bench")
-    out.mkdir(parents=True, exist_ok=True)
+    result = {"machine": limits.machine, "busy": limits.busy, "ceilings": limits.rows}
     if module:
         result |= {"family": name, "cases": []}
-        points, n = {}, torch.get_num_threads()
+        points, n, dtype = {}, torch.get_num_threads(), "float32"
         for case, (timing, work) in module.bench(quick=quick).items():
             ours = next(iter(timing.seconds))
             print(f"\n{case}\n\n{timing.table(ours)}", flush=True)
@@ -684,26 +689,45 @@ def report(
                 }
             )
             if work["flops"] and timing.threads == n:
+                dtype = work.get("dtype", dtype)
                 points[case.rsplit(", ", 1)[0]] = (
                     work["flops"],
                     work["bytes"],
                     min(timing.seconds[ours]),
                 )  # best of its rounds, as the ceilings are
         if points:
+            from matplotlib import rc_context
+
             from lmlab.core.plots import roofline
 
-            peak = {
-                r["limit"]: limits.rate(r["limit"], "float32", n)
-                for r in limits.rows
-                if r["dtype"] == "float32" and r["device"] == "cpu"
-            }
+            measured = {(r["limit"], r["dtype"]) for r in limits.rows if r["device"] == "cpu"}
+            dtype = dtype if ("peak", dtype) in measured else "float32"
+            peak = {k: limits.rate(k, dtype, n) for k, d in sorted(measured, key=str) if d == dtype}
             fig = roofline(
                 points,
                 limits.rate("read", threads=n),
                 {{"gemm": "matrix library", "peak": "arithmetic units"}[k]: v for k, v in peak.items()},
                 title=f"{name}, {n} thread{'s' * (n > 1)}: how far below the roof?",
             )
-            fig.savefig(out / f"{name}.png")
+            with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # equal figures are equal files
+                fig.savefig(out / f"{name}.svg", metadata={"Date": None})
     path = out / f"{name or 'ceilings'}.json"
     write_json(path, result)
     return path
+
+
+def saved(
+    name: str,  # a kernel family
+) -> dict | None:  # as `report` wrote it with `save`; None where nothing was saved
+    "The committed measurements of a kernel family"
+    path = results_dir() / "bench" / f"{name}.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as e:
+        raise ValueError(f"{path}: not a results file ({e})") from None
+    cases = result.get("cases") if isinstance(result, dict) else None
+    if not isinstance(cases, list) or not all({"case", "threads", "rows"} <= c.keys() for c in cases):
+        raise ValueError(f"{path}: not what `lmlab bench {name} --save` writes")
+    return result

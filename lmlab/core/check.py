@@ -2129,14 +2129,10 @@ def _kernel_compiles(c):
             sum(o.float().square().sum() for o in c.outputs(fn, x) if _floating(o)).backward()
             y = [o.detach().requires_grad_() if _floating(o) else o for o in args]
             sum(o.float().square().sum() for o in c.outputs(c.op, y) if _floating(o)).backward()
-            worst = max(
-                worst,
-                c.close(
-                    [o.grad for o in x if _floating(o)],
-                    [o.grad for o in y if _floating(o)],
-                    "compiled gradient of input",
-                ),
-            )
+            grads = lambda args: [
+                torch.zeros_like(o) if o.grad is None else o.grad for o in args if _floating(o)
+            ]
+            worst = max(worst, c.close(grads(x), grads(y), "compiled gradient of input"))
     return worst
 
 
