@@ -397,10 +397,13 @@ def _race(b, h, hk, n, m, d, dtype, threads, rounds, budget):
     )  # a token finds nothing in the cache, a prompt has just been computed
     flops = 4 * d * b * h * sum(range(m - n + 1, m + 1))
     lib, name = cpu.library(), str(dtype).removeprefix("torch.").encode()
+    how = dict(is_causal=n > 1, enable_gqa=h != hk)
+    if 1 < n < m:  # torch's `is_causal` would put the first query at the first key
+        how |= dict(is_causal=False, attn_mask=torch.ones(n, m, dtype=torch.bool).tril(m - n))
     fns = {
         "kernel": lambda: following()[1](),
         "as an operation": lambda: attention(*following()[0]),
-        "torch": lambda: F.scaled_dot_product_attention(*following()[0], is_causal=n > 1, enable_gqa=h != hk),
+        "torch": lambda: F.scaled_dot_product_attention(*following()[0], **how),
     }
     work = {"bytes": sum(t.nbytes for t in one[0]) + one[0][0].nbytes, "flops": flops}
     if once := lib.lmlab_peak(name, 1, 1):

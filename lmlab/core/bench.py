@@ -690,7 +690,7 @@ def report(
                     **work,
                 }
             )
-            if work["flops"] and timing.threads == n:
+            if work["flops"] and work["bytes"] and timing.threads == n:
                 dtype = work.get("dtype", dtype)
                 points[case.rsplit(", ", 1)[0]] = (
                     work["flops"],
