@@ -20,8 +20,21 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
-FAMILIES = ("attention", "decay", "decoder", "read", "retention", "sparse", "ternary")  # each is a module with its operations and a `bench()`
-_PUBLIC = {"decay_scores": "decay", "gated_retention": "retention", "read_bytes": "read", "topk_sparsify": "sparse"}
+FAMILIES = (
+    "attention",
+    "decay",
+    "decoder",
+    "read",
+    "retention",
+    "sparse",
+    "ternary",
+)  # each is a module with its operations and a `bench()`
+_PUBLIC = {
+    "decay_scores": "decay",
+    "gated_retention": "retention",
+    "read_bytes": "read",
+    "topk_sparsify": "sparse",
+}
 
 _choice = ContextVar("lmlab_backend", default=None)
 _said = set()

@@ -247,6 +247,7 @@ d = {
             "lmlab.cli._title": ("cli.html#_title", "lmlab/cli.py"),
             "lmlab.cli._verdicts": ("cli.html#_verdicts", "lmlab/cli.py"),
             "lmlab.cli._width": ("cli.html#_width", "lmlab/cli.py"),
+            "lmlab.cli.bench": ("cli.html#bench", "lmlab/cli.py"),
             "lmlab.cli.card": ("cli.html#card", "lmlab/cli.py"),
             "lmlab.cli.claims_table": ("cli.html#claims_table", "lmlab/cli.py"),
             "lmlab.cli.counts": ("cli.html#counts", "lmlab/cli.py"),
@@ -263,6 +264,389 @@ d = {
             "lmlab.cli.save": ("cli.html#save", "lmlab/cli.py"),
             "lmlab.cli.table": ("cli.html#table", "lmlab/cli.py"),
             "lmlab.cli.with_outputs": ("cli.html#with_outputs", "lmlab/cli.py"),
+        },
+        "lmlab.compression.bitnet": {
+            "lmlab.compression.bitnet.BitLinear": (
+                "compression/bitnet.html#bitlinear",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.BitLinear.__init__": (
+                "compression/bitnet.html#bitlinear.__init__",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.BitLinear.forward": (
+                "compression/bitnet.html#bitlinear.forward",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.BitLinear.ternary_kind": (
+                "compression/bitnet.html#bitlinear.ternary_kind",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.Engine": (
+                "compression/bitnet.html#engine",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.Engine.__init__": (
+                "compression/bitnet.html#engine.__init__",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.Engine.generate": (
+                "compression/bitnet.html#engine.generate",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.Engine.logits": (
+                "compression/bitnet.html#engine.logits",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.Engine.steps": (
+                "compression/bitnet.html#engine.steps",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.Engine.stream": (
+                "compression/bitnet.html#engine.stream",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.PackedLinear": (
+                "compression/bitnet.html#packedlinear",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.PackedLinear.__init__": (
+                "compression/bitnet.html#packedlinear.__init__",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.PackedLinear._apply": (
+                "compression/bitnet.html#packedlinear._apply",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.PackedLinear.forward": (
+                "compression/bitnet.html#packedlinear.forward",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.PackedLinear.packed": (
+                "compression/bitnet.html#packedlinear.packed",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.PackedLinear.ternary_kind": (
+                "compression/bitnet.html#packedlinear.ternary_kind",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.TernaryConfig": (
+                "compression/bitnet.html#ternaryconfig",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.TernaryConfig.__init__": (
+                "compression/bitnet.html#ternaryconfig.__init__",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.TernaryQuantizer": (
+                "compression/bitnet.html#ternaryquantizer",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.TernaryQuantizer._process_model_after_weight_loading": (
+                "compression/bitnet.html#ternaryquantizer._process_model_after_weight_loading",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.TernaryQuantizer._process_model_before_weight_loading": (
+                "compression/bitnet.html#ternaryquantizer._process_model_before_weight_loading",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.TernaryQuantizer.is_serializable": (
+                "compression/bitnet.html#ternaryquantizer.is_serializable",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.TernaryQuantizer.is_trainable": (
+                "compression/bitnet.html#ternaryquantizer.is_trainable",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.TwoStage": (
+                "compression/bitnet.html#twostage",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.TwoStage.__init__": (
+                "compression/bitnet.html#twostage.__init__",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.TwoStage.step": (
+                "compression/bitnet.html#twostage.step",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet._BitLinear": (
+                "compression/bitnet.html#_bitlinear",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet._BitLinear.backward": (
+                "compression/bitnet.html#_bitlinear.backward",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet._BitLinear.forward": (
+                "compression/bitnet.html#_bitlinear.forward",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet._decoder": (
+                "compression/bitnet.html#_decoder",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet._finite": (
+                "compression/bitnet.html#_finite",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet._from_bytes": (
+                "compression/bitnet.html#_from_bytes",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet._recorded": (
+                "compression/bitnet.html#_recorded",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet._to_bytes": (
+                "compression/bitnet.html#_to_bytes",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.bit_linear": (
+                "compression/bitnet.html#bit_linear",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.bitify": (
+                "compression/bitnet.html#bitify",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.bitnet_config": (
+                "compression/bitnet.html#bitnet_config",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.contracts": (
+                "compression/bitnet.html#contracts",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.dense_codes": (
+                "compression/bitnet.html#dense_codes",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.from_i2_s": (
+                "compression/bitnet.html#from_i2_s",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.from_rows": (
+                "compression/bitnet.html#from_rows",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.from_transformers_bitnet": (
+                "compression/bitnet.html#from_transformers_bitnet",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.pack": ("compression/bitnet.html#pack", "lmlab/compression/bitnet.py"),
+            "lmlab.compression.bitnet.packed_from_float": (
+                "compression/bitnet.html#packed_from_float",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.quantize_activation": (
+                "compression/bitnet.html#quantize_activation",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.quantize_weight": (
+                "compression/bitnet.html#quantize_weight",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.save_transformers_bitnet": (
+                "compression/bitnet.html#save_transformers_bitnet",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.to_i2_s": (
+                "compression/bitnet.html#to_i2_s",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.to_rows": (
+                "compression/bitnet.html#to_rows",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.two_stage": (
+                "compression/bitnet.html#two_stage",
+                "lmlab/compression/bitnet.py",
+            ),
+            "lmlab.compression.bitnet.unpack": (
+                "compression/bitnet.html#unpack",
+                "lmlab/compression/bitnet.py",
+            ),
+        },
+        "lmlab.compression.common": {
+            "lmlab.compression.common.replace_linears": (
+                "compression/common.html#replace_linears",
+                "lmlab/compression/common.py",
+            ),
+            "lmlab.compression.common.restore": (
+                "compression/common.html#restore",
+                "lmlab/compression/common.py",
+            ),
+        },
+        "lmlab.compression.q_sparse": {
+            "lmlab.compression.q_sparse.GatherLinear": (
+                "compression/q_sparse.html#gatherlinear",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.GatherLinear.__init__": (
+                "compression/q_sparse.html#gatherlinear.__init__",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.GatherLinear._apply": (
+                "compression/q_sparse.html#gatherlinear._apply",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.GatherLinear.extra_repr": (
+                "compression/q_sparse.html#gatherlinear.extra_repr",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.GatherLinear.forward": (
+                "compression/q_sparse.html#gatherlinear.forward",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.QSparseConfig": (
+                "compression/q_sparse.html#qsparseconfig",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.QSparseConfig.__post_init__": (
+                "compression/q_sparse.html#qsparseconfig.__post_init__",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.QSparseConfig.keep": (
+                "compression/q_sparse.html#qsparseconfig.keep",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.QSparseConfig.kept": (
+                "compression/q_sparse.html#qsparseconfig.kept",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.ScalingLaw": (
+                "compression/q_sparse.html#scalinglaw",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.ScalingLaw.__call__": (
+                "compression/q_sparse.html#scalinglaw.__call__",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.ScalingLaw.best": (
+                "compression/q_sparse.html#scalinglaw.best",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.Selector": (
+                "compression/q_sparse.html#selector",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.Selector.__call__": (
+                "compression/q_sparse.html#selector.__call__",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.Selector.__getstate__": (
+                "compression/q_sparse.html#selector.__getstate__",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.Selector.__init__": (
+                "compression/q_sparse.html#selector.__init__",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.Selector.forget": (
+                "compression/q_sparse.html#selector.forget",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.Selector.sparse": (
+                "compression/q_sparse.html#selector.sparse",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.SparseBitLinear": (
+                "compression/q_sparse.html#sparsebitlinear",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.SparseBitLinear.forward": (
+                "compression/q_sparse.html#sparsebitlinear.forward",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.SparseCheckpoint": (
+                "compression/q_sparse.html#sparsecheckpoint",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.SparseCheckpoint.__init__": (
+                "compression/q_sparse.html#sparsecheckpoint.__init__",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.SparseLinear": (
+                "compression/q_sparse.html#sparselinear",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.SparseLinear.forward": (
+                "compression/q_sparse.html#sparselinear.forward",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.SparseLoader": (
+                "compression/q_sparse.html#sparseloader",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.SparseLoader._process_model_after_weight_loading": (
+                "compression/q_sparse.html#sparseloader._process_model_after_weight_loading",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.SparseLoader._process_model_before_weight_loading": (
+                "compression/q_sparse.html#sparseloader._process_model_before_weight_loading",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.SparseLoader.is_serializable": (
+                "compression/q_sparse.html#sparseloader.is_serializable",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.SparseLoader.is_trainable": (
+                "compression/q_sparse.html#sparseloader.is_trainable",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse._curve": (
+                "compression/q_sparse.html#_curve",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse._descend": (
+                "compression/q_sparse.html#_descend",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.attach": (
+                "compression/q_sparse.html#attach",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.chosen": (
+                "compression/q_sparse.html#chosen",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.contracts": (
+                "compression/q_sparse.html#contracts",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.fit_law": (
+                "compression/q_sparse.html#fit_law",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.for_inference": (
+                "compression/q_sparse.html#for_inference",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.keep_count": (
+                "compression/q_sparse.html#keep_count",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.rescale": (
+                "compression/q_sparse.html#rescale",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.sparsify": (
+                "compression/q_sparse.html#sparsify",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.sparsity_report": (
+                "compression/q_sparse.html#sparsity_report",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.stored": (
+                "compression/q_sparse.html#stored",
+                "lmlab/compression/q_sparse.py",
+            ),
+            "lmlab.compression.q_sparse.unsparsify": (
+                "compression/q_sparse.html#unsparsify",
+                "lmlab/compression/q_sparse.py",
+            ),
         },
         "lmlab.core.bench": {
             "lmlab.core.bench.Ceilings": ("core/bench.html#ceilings", "lmlab/core/bench.py"),
@@ -310,6 +694,7 @@ d = {
             "lmlab.core.bench.peak_memory": ("core/bench.html#peak_memory", "lmlab/core/bench.py"),
             "lmlab.core.bench.quantile": ("core/bench.html#quantile", "lmlab/core/bench.py"),
             "lmlab.core.bench.report": ("core/bench.html#report", "lmlab/core/bench.py"),
+            "lmlab.core.bench.saved": ("core/bench.html#saved", "lmlab/core/bench.py"),
             "lmlab.core.bench.si": ("core/bench.html#si", "lmlab/core/bench.py"),
             "lmlab.core.bench.tensors": ("core/bench.html#tensors", "lmlab/core/bench.py"),
             "lmlab.core.bench.torch_threads": ("core/bench.html#torch_threads", "lmlab/core/bench.py"),
@@ -419,6 +804,35 @@ d = {
             "lmlab.core.check.CacheCase.push": ("core/check.html#cachecase.push", "lmlab/core/check.py"),
             "lmlab.core.check.CacheCase.sizes": ("core/check.html#cachecase.sizes", "lmlab/core/check.py"),
             "lmlab.core.check.CacheCase.truth": ("core/check.html#cachecase.truth", "lmlab/core/check.py"),
+            "lmlab.core.check.CompressionCase": ("core/check.html#compressioncase", "lmlab/core/check.py"),
+            "lmlab.core.check.CompressionCase.at": (
+                "core/check.html#compressioncase.at",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check.CompressionCase.compare": (
+                "core/check.html#compressioncase.compare",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check.CompressionCase.compressed": (
+                "core/check.html#compressioncase.compressed",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check.CompressionCase.load": (
+                "core/check.html#compressioncase.load",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check.CompressionCase.model": (
+                "core/check.html#compressioncase.model",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check.CompressionCase.reloaded": (
+                "core/check.html#compressioncase.reloaded",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check.CompressionCase.replaced": (
+                "core/check.html#compressioncase.replaced",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check.ContractError": ("core/check.html#contracterror", "lmlab/core/check.py"),
             "lmlab.core.check.ContractError.__init__": (
                 "core/check.html#contracterror.__init__",
@@ -495,6 +909,10 @@ d = {
                 "core/check.html#_a_copy_is_independent",
                 "lmlab/core/check.py",
             ),
+            "lmlab.core.check._a_copy_shares_nothing": (
+                "core/check.html#_a_copy_shares_nothing",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check._a_fresh_adapter_is_the_identity": (
                 "core/check.html#_a_fresh_adapter_is_the_identity",
                 "lmlab/core/check.py",
@@ -519,6 +937,14 @@ d = {
                 "core/check.html#_a_saved_adapter_comes_back",
                 "lmlab/core/check.py",
             ),
+            "lmlab.core.check._a_saved_model_comes_back": (
+                "core/check.html#_a_saved_model_comes_back",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check._a_state_dict_carries_the_model": (
+                "core/check.html#_a_state_dict_carries_the_model",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check._an_adapted_model_generates": (
                 "core/check.html#_an_adapted_model_generates",
                 "lmlab/core/check.py",
@@ -535,6 +961,7 @@ d = {
                 "core/check.html#_another_dtype_is_refused",
                 "lmlab/core/check.py",
             ),
+            "lmlab.core.check._as_it_was": ("core/check.html#_as_it_was", "lmlab/core/check.py"),
             "lmlab.core.check._attempt": ("core/check.html#_attempt", "lmlab/core/check.py"),
             "lmlab.core.check._attention_can_be_switched": (
                 "core/check.html#_attention_can_be_switched",
@@ -617,6 +1044,14 @@ d = {
                 "core/check.html#_compiles_as_one_graph",
                 "lmlab/core/check.py",
             ),
+            "lmlab.core.check._compressing_twice_is_once": (
+                "core/check.html#_compressing_twice_is_once",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check._compression_repeats": (
+                "core/check.html#_compression_repeats",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check._config_survives_the_file": (
                 "core/check.html#_config_survives_the_file",
                 "lmlab/core/check.py",
@@ -634,6 +1069,10 @@ d = {
             "lmlab.core.check._dtypes_agree": ("core/check.html#_dtypes_agree", "lmlab/core/check.py"),
             "lmlab.core.check._edit_header": ("core/check.html#_edit_header", "lmlab/core/check.py"),
             "lmlab.core.check._edit_json": ("core/check.html#_edit_json", "lmlab/core/check.py"),
+            "lmlab.core.check._embeddings_norms_and_head_stay": (
+                "core/check.html#_embeddings_norms_and_head_stay",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check._embeddings_stand_for_tokens": (
                 "core/check.html#_embeddings_stand_for_tokens",
                 "lmlab/core/check.py",
@@ -667,6 +1106,10 @@ d = {
                 "lmlab/core/check.py",
             ),
             "lmlab.core.check._gradients": ("core/check.html#_gradients", "lmlab/core/check.py"),
+            "lmlab.core.check._gradients_reach_the_inputs": (
+                "core/check.html#_gradients_reach_the_inputs",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check._gradients_survive_gradcheck": (
                 "core/check.html#_gradients_survive_gradcheck",
                 "lmlab/core/check.py",
@@ -711,9 +1154,17 @@ d = {
                 "lmlab/core/check.py",
             ),
             "lmlab.core.check._length": ("core/check.html#_length", "lmlab/core/check.py"),
+            "lmlab.core.check._linear_layers_are_replaced": (
+                "core/check.html#_linear_layers_are_replaced",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check._listed": ("core/check.html#_listed", "lmlab/core/check.py"),
             "lmlab.core.check._logits_are_finite": (
                 "core/check.html#_logits_are_finite",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check._logits_equal_the_reference": (
+                "core/check.html#_logits_equal_the_reference",
                 "lmlab/core/check.py",
             ),
             "lmlab.core.check._loop": ("core/check.html#_loop", "lmlab/core/check.py"),
@@ -807,6 +1258,7 @@ d = {
                 "core/check.html#_pieces_add_up_to_the_batch",
                 "lmlab/core/check.py",
             ),
+            "lmlab.core.check._places": ("core/check.html#_places", "lmlab/core/check.py"),
             "lmlab.core.check._positions_default_to_the_count": (
                 "core/check.html#_positions_default_to_the_count",
                 "lmlab/core/check.py",
@@ -824,8 +1276,16 @@ d = {
                 "core/check.html#_reloaded_logits_have_the_same_bits",
                 "lmlab/core/check.py",
             ),
+            "lmlab.core.check._replaced_layers_learn": (
+                "core/check.html#_replaced_layers_learn",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check._reset_forgets_everything": (
                 "core/check.html#_reset_forgets_everything",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check._restoring_gives_dense_layers": (
+                "core/check.html#_restoring_gives_dense_layers",
                 "lmlab/core/check.py",
             ),
             "lmlab.core.check._retype": ("core/check.html#_retype", "lmlab/core/check.py"),
@@ -845,6 +1305,10 @@ d = {
                 "core/check.html#_rows_can_be_repeated_and_selected",
                 "lmlab/core/check.py",
             ),
+            "lmlab.core.check._rows_do_not_meet": (
+                "core/check.html#_rows_do_not_meet",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check._same_bits": ("core/check.html#_same_bits", "lmlab/core/check.py"),
             "lmlab.core.check._same_bits_every_call": (
                 "core/check.html#_same_bits_every_call",
@@ -859,12 +1323,17 @@ d = {
                 "lmlab/core/check.py",
             ),
             "lmlab.core.check._saved_buffers": ("core/check.html#_saved_buffers", "lmlab/core/check.py"),
+            "lmlab.core.check._saved_size_is_as_promised": (
+                "core/check.html#_saved_size_is_as_promised",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check._scores": ("core/check.html#_scores", "lmlab/core/check.py"),
             "lmlab.core.check._scores_stay_scores": (
                 "core/check.html#_scores_stay_scores",
                 "lmlab/core/check.py",
             ),
             "lmlab.core.check._set": ("core/check.html#_set", "lmlab/core/check.py"),
+            "lmlab.core.check._state": ("core/check.html#_state", "lmlab/core/check.py"),
             "lmlab.core.check._stops_are_obeyed": (
                 "core/check.html#_stops_are_obeyed",
                 "lmlab/core/check.py",
@@ -874,12 +1343,20 @@ d = {
                 "lmlab/core/check.py",
             ),
             "lmlab.core.check._swap_offsets": ("core/check.html#_swap_offsets", "lmlab/core/check.py"),
+            "lmlab.core.check._the_config_comes_back": (
+                "core/check.html#_the_config_comes_back",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check._the_custom_op_is_well_formed": (
                 "core/check.html#_the_custom_op_is_well_formed",
                 "lmlab/core/check.py",
             ),
             "lmlab.core.check._the_file_holds_exactly_the_model": (
                 "core/check.html#_the_file_holds_exactly_the_model",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check._the_given_model_is_returned": (
+                "core/check.html#_the_given_model_is_returned",
                 "lmlab/core/check.py",
             ),
             "lmlab.core.check._the_scale_is_obeyed": (
@@ -896,6 +1373,10 @@ d = {
             ),
             "lmlab.core.check._threads_change_nothing": (
                 "core/check.html#_threads_change_nothing",
+                "lmlab/core/check.py",
+            ),
+            "lmlab.core.check._tied_embeddings_stay_tied": (
+                "core/check.html#_tied_embeddings_stay_tied",
                 "lmlab/core/check.py",
             ),
             "lmlab.core.check._tied_weights_stay_tied": (
@@ -934,6 +1415,10 @@ d = {
                 "core/check.html#_use_cache_is_obeyed",
                 "lmlab/core/check.py",
             ),
+            "lmlab.core.check._weights_that_are_not_finite_are_refused": (
+                "core/check.html#_weights_that_are_not_finite_are_refused",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check._word": ("core/check.html#_word", "lmlab/core/check.py"),
             "lmlab.core.check._zero_at_the_teacher": (
                 "core/check.html#_zero_at_the_teacher",
@@ -943,6 +1428,10 @@ d = {
             "lmlab.core.check.check_attention": ("core/check.html#check_attention", "lmlab/core/check.py"),
             "lmlab.core.check.check_cache": ("core/check.html#check_cache", "lmlab/core/check.py"),
             "lmlab.core.check.check_causal_lm": ("core/check.html#check_causal_lm", "lmlab/core/check.py"),
+            "lmlab.core.check.check_compression": (
+                "core/check.html#check_compression",
+                "lmlab/core/check.py",
+            ),
             "lmlab.core.check.check_decoder": ("core/check.html#check_decoder", "lmlab/core/check.py"),
             "lmlab.core.check.check_distillation": (
                 "core/check.html#check_distillation",
@@ -966,6 +1455,7 @@ d = {
             "lmlab.core.check.stir": ("core/check.html#stir", "lmlab/core/check.py"),
             "lmlab.core.check.test_rel": ("core/check.html#test_rel", "lmlab/core/check.py"),
             "lmlab.core.check.tiny_llama": ("core/check.html#tiny_llama", "lmlab/core/check.py"),
+            "lmlab.core.check.tiny_neox": ("core/check.html#tiny_neox", "lmlab/core/check.py"),
             "lmlab.core.check.tolerance": ("core/check.html#tolerance", "lmlab/core/check.py"),
         },
         "lmlab.core.compat": {
@@ -1134,6 +1624,7 @@ d = {
             "lmlab.core.fit.dealt": ("core/fit.html#dealt", "lmlab/core/fit.py"),
             "lmlab.core.fit.digest": ("core/fit.html#digest", "lmlab/core/fit.py"),
             "lmlab.core.fit.distinct": ("core/fit.html#distinct", "lmlab/core/fit.py"),
+            "lmlab.core.fit.factors": ("core/fit.html#factors", "lmlab/core/fit.py"),
             "lmlab.core.fit.fit": ("core/fit.html#fit", "lmlab/core/fit.py"),
             "lmlab.core.fit.gathered": ("core/fit.html#gathered", "lmlab/core/fit.py"),
             "lmlab.core.fit.labels_counted": ("core/fit.html#labels_counted", "lmlab/core/fit.py"),
@@ -1167,6 +1658,12 @@ d = {
             "lmlab.core.fit.warmup_steps": ("core/fit.html#warmup_steps", "lmlab/core/fit.py"),
             "lmlab.core.fit.whole": ("core/fit.html#whole", "lmlab/core/fit.py"),
             "lmlab.core.fit.with_labels": ("core/fit.html#with_labels", "lmlab/core/fit.py"),
+        },
+        "lmlab.core.kernels": {
+            "lmlab.core.kernels.goals": ("core/kernels.html#goals", "lmlab/core/kernels.py"),
+            "lmlab.core.kernels.measures": ("core/kernels.html#measures", "lmlab/core/kernels.py"),
+            "lmlab.core.kernels.reached": ("core/kernels.html#reached", "lmlab/core/kernels.py"),
+            "lmlab.core.kernels.times": ("core/kernels.html#times", "lmlab/core/kernels.py"),
         },
         "lmlab.core.ledger": {
             "lmlab.core.ledger.Claim": ("core/ledger.html#claim", "lmlab/core/ledger.py"),

@@ -569,7 +569,10 @@ def test_llama_cpp_says_the_same(tmp_path):
     ids = torch.randint(3, vocab, (n,))
     dense = [{k: w * 0.03125 for k, w in c.items()} | g for c, g in zip(codes, gains, strict=True)]
     peers.write_gguf(tmp_path / "F16.gguf", dense, embedding, heads, kv)
-    layers = [D.Layer(**{k: T.pack(w, 0.03125) for k, w in c.items()}, **g) for c, g in zip(codes, gains, strict=True)]
+    layers = [
+        D.Layer(**{k: T.pack(w, 0.03125) for k, w in c.items()}, **g)
+        for c, g in zip(codes, gains, strict=True)
+    ]
     freq = 1e4 ** -(torch.arange(0, d // heads, 2) / (d // heads))
     dec = D.Decoder(layers, heads, kv, d // heads, freq, act="silu")
     y = dec(embedding[ids][None], dec.state(1, n))[0, -1:]

@@ -33,7 +33,6 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from ..kernels.retention import gated_retention as retention_kernel
 from torch import Tensor, nn
 
 from lmlab.core.compat import (
@@ -57,6 +56,8 @@ from lmlab.core.compat import (
     register,
     strict,
 )
+
+from ..kernels.retention import gated_retention as retention_kernel
 
 
 # %% ../../nbs/architectures/yoco.ipynb #9e403167

@@ -31,7 +31,6 @@ __all__ = [
 
 # %% ../../nbs/compression/bitnet.ipynb #55a8b963
 import copy
-import json
 from pathlib import Path
 
 import torch
@@ -41,9 +40,9 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .common import replace_linears
 from ..kernels.ternary import PackedTernary, _packed_shape, linear, quantize
 from ..kernels.ternary import pack as pack_ternary
+from .common import replace_linears
 
 
 # %% ../../nbs/compression/bitnet.ipynb #82a706f3

@@ -36,6 +36,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
 from lmlab.compression.bitnet import (
     BitLinear,
     TernaryConfig,
@@ -45,13 +50,10 @@ from lmlab.compression.bitnet import (
     bitify,
     quantize_weight,
 )
-from .common import replace_linears
+
 from ..kernels.sparse import SparseWeight, _stride, linear, store, topk_sparsify
 from ..kernels.ternary import quantize
-from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from .common import replace_linears
 
 
 # %% ../../nbs/compression/q_sparse.ipynb #fe5e6ac1

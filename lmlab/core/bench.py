@@ -32,16 +32,14 @@ import math
 import os
 import random
 import statistics
-import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .chapter import cpu_name
 from .ledger import cache_dir, markdown_table, results_dir, write_json
@@ -698,8 +696,9 @@ def report(
                     min(timing.seconds[ours]),
                 )  # best of its rounds, as the ceilings are
         if points:
-            from lmlab.core.plots import roofline
             from matplotlib import rc_context
+
+            from lmlab.core.plots import roofline
 
             measured = {(r["limit"], r["dtype"]) for r in limits.rows if r["device"] == "cpu"}
             dtype = dtype if ("peak", dtype) in measured else "float32"

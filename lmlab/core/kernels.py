@@ -17,10 +17,11 @@ GOALS = [  # family, measure, cases, form of the kernel (None: any), must, aim: 
     ("ternary", "time over plain read", r", 1 token, 1 thread$", "2bit", 1.05, None),
     ("ternary", "time over plain read", r", 1 token, ", "1.6bit", None, 0.90),
     ("ternary", "fraction of int8 peak", r", 128 tokens, ", "2bit", 0.70, 0.85),
-    ("decoder", "fraction of plain read", r"decode", None, 0.80, 0.90),
-    ("decoder", "fraction of int8 peak", r"prefill", None, 0.60, 0.80),
+    ("decoder", "fraction of plain read", r"^next token of 1, context 64, ", "decoder", 0.80, 0.90),
+    ("decoder", "fraction of int8 peak", r"^prompt of ", "decoder", 0.60, 0.80),
     ("attention", "time over torch", r"^bfloat16, 2048 on 2048 tokens, .* heads of 128 ", None, 1 / 2, 1 / 4),
     ("sparse", "speed over all inputs", r"", "50 %", 1.5, 1.8),
+    ("sparse", "speed over packed in 2 bits, all inputs", r" ternary, ", "50 %", 1.5, 1.8),
 ]
 
 
