@@ -296,6 +296,8 @@ def compiler():
 
 
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-Wno-psabi", "-Wall", "-Wextra", "-Werror"]
+# under sanitizers GCC doubts its own AVX-512 headers (GCC bug 105593); clang does not know that warning
+FLAGS += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
@@ -303,7 +305,7 @@ def test_under_sanitizers(tmp_path):
     "No access outside a buffer, no undefined behaviour, same bits on all paths, in plain C++"
     sources = [*map(str, sorted(KERNELS.glob("*.cpp"))), str(Path(__file__).parent / "kernels_driver.cpp")]
     program = tmp_path / "driver"
-    for openmp in (["-fopenmp"], ["-Wno-unknown-pragmas"]):
+    for openmp in (["-fopenmp"], ["-Wno-unknown-pragmas", "-Wno-unused-parameter"]):
         build = subprocess.run(
             [
                 compiler(),
