@@ -18,13 +18,11 @@ selection and the rounding: that of `x` is `grad @ dense`.
 import ctypes
 import json
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from lmlab.kernels import Operation, cpu
-from lmlab.kernels.ternary import _check_scale, _placed, quantize
+from lmlab.kernels.ternary import InOneFile, _check_scale, _placed, quantize
 from torch import Tensor
 
 STRUCTURES = ("topk", "n:m", "block")
@@ -193,7 +191,7 @@ def topk_sparsify(
 
 
 @dataclass(frozen=True, eq=False)
-class SparseWeight:
+class SparseWeight(InOneFile):
     "A weight matrix stored by input, so that the weights of one input are one run of memory"
 
     columns: Tensor  # in bytes  uint8; rows in the order that sparse.h takes apart, whole chunks of 64 bytes
@@ -289,34 +287,6 @@ class SparseWeight:
         if scale is None and not columns.view(_TYPES[format]).isfinite().all():
             raise ValueError(f"tensors: {prefix}columns holds NaN or infinity; every weight must be finite")
         return cls(_placed(columns), scale, rows, inputs, format)
-
-    def save(
-        self,
-        path,  # file, replaced in one step
-    ):
-        "Write a safetensors file"
-        from safetensors.torch import save_file
-
-        part = Path(f"{path}.{os.getpid()}.part")
-        try:
-            save_file(self.tensors(), part, self.metadata())
-            with open(part, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-    @classmethod
-    def load(
-        cls,
-        path,  # file that `save` wrote
-        device: str = "cpu",
-    ):
-        "Read a safetensors file"
-        from safetensors import safe_open
-
-        with safe_open(path, "pt", device=str(device)) as f:
-            return cls.from_tensors({k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {})  # noqa: SIM118
 
 
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -35,8 +35,40 @@ CACHE = 2**20
 _DIGITS = {"2bit": (1, 4, 16, 64), "1.6bit": (1, 3, 9, 27, 81)}  # what each code counts in its byte
 
 
+class InOneFile:
+    "Saves what `tensors` and `metadata` say as one safetensors file, and loads it through `from_tensors`"
+
+    def save(
+        self,
+        path,  # file, replaced in one step
+    ):
+        "Write a safetensors file"
+        from safetensors.torch import save_file
+
+        part = Path(f"{path}.{os.getpid()}.part")
+        try:
+            save_file(self.tensors(), part, self.metadata())
+            with open(part, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(
+        cls,
+        path,  # file that `save` wrote
+        device: str = "cpu",
+    ):
+        "Read a safetensors file"
+        from safetensors import safe_open
+
+        with safe_open(path, "pt", device=str(device)) as f:
+            return cls.from_tensors({k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {})  # noqa: SIM118
+
+
 @dataclass(frozen=True, eq=False)
-class PackedTernary:
+class PackedTernary(InOneFile):
     "A ternary weight matrix in 2 or 1.6 bits a weight, and its scale"
 
     codes: Tensor  # tiles steps 128  uint8; byte 4 row + j of step s holds weights + 1 of inputs 4 (n s + p) + j, p = 0..n-1
@@ -128,34 +160,6 @@ class PackedTernary:
         return cls(
             _placed(codes.contiguous()), _check_scale(scale, rows).to(codes.device), rows, inputs, format
         )
-
-    def save(
-        self,
-        path,  # file, replaced in one step
-    ):
-        "Write a safetensors file"
-        from safetensors.torch import save_file
-
-        part = Path(f"{path}.{os.getpid()}.part")
-        try:
-            save_file(self.tensors(), part, self.metadata())
-            with open(part, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-    @classmethod
-    def load(
-        cls,
-        path,  # file that `save` wrote
-        device: str = "cpu",
-    ):
-        "Read a safetensors file"
-        from safetensors import safe_open
-
-        with safe_open(path, "pt", device=str(device)) as f:
-            return cls.from_tensors({k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {})  # noqa: SIM118
 
 
 def _check_format(format, allowed):
