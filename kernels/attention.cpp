@@ -55,16 +55,6 @@ struct Kernels {  // of one instruction set and dtype
 };
 struct Path { const char* name; Kernels of[2]; };  // float, bf16
 
-// GCC and clang say differently that everything up to TARGET_END may use these instructions.
-#define DO(x) _Pragma(#x)
-#if defined(__clang__)
-#define TARGET_BEGIN(features) DO(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define TARGET_END DO(clang attribute pop)
-#else
-#define TARGET_BEGIN(features) DO(GCC push_options) DO(GCC target(features))
-#define TARGET_END DO(GCC pop_options)
-#endif
-
 namespace base {  // any machine with a compiler: four lanes in plain C++
 constexpr int L = 4, ROWS = 3, WIDE = 4, STEP = 1, KEPT = 10;
 #include "attention.h"

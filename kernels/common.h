@@ -14,6 +14,17 @@
 #define LMLAB_API extern "C" __attribute__((visibility("default")))
 #define LMLAB_INLINE static inline __attribute__((always_inline))
 
+// GCC and clang say differently that everything up to TARGET_END may use these instructions. Lambdas need it said again by GCC.
+#define DO(x) _Pragma(#x)
+#if defined(__clang__)
+#define TARGET_BEGIN(features) DO(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define TARGET_END DO(clang attribute pop)
+#else
+#define TARGET_BEGIN(features) DO(GCC push_options) DO(GCC target(features))
+#define TARGET_END DO(GCC pop_options)
+#endif
+#define LAMBDA __attribute__((always_inline))
+
 namespace lmlab {
 
 enum Level { BASE = 0, AVX2 = 1, AVX512 = 2 };

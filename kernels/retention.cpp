@@ -42,15 +42,6 @@ struct Scratch {  // hands out memory, or without any counts how much is needed
     float* operator()(int64_t n) { float* p = memory + used; used += up(n); return p; }
 };
 
-#define LAMBDA __attribute__((always_inline))
-#define DO(x) _Pragma(#x)
-#if defined(__clang__)
-#define TARGET_BEGIN(features) DO(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define TARGET_END DO(clang attribute pop)
-#else
-#define TARGET_BEGIN(features) DO(GCC push_options) DO(GCC target(features))
-#define TARGET_END DO(GCC pop_options)
-#endif
 #define ZIP(...) __builtin_shufflevector(a, b, __VA_ARGS__)
 
 namespace base {

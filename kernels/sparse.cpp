@@ -325,16 +325,6 @@ template <class T> LMLAB_INLINE void finish_body(const void* sums, int format, c
 }
 LMLAB_DISPATCH(finish, (const void* sums, int format, const Token* token, const float* scale, bool scales, const float* bias, int64_t row, int64_t rows, T* y), (sums, format, token, scale, scales, bias, row, rows, y))
 
-// GCC and clang say differently that everything up to TARGET_END may use these instructions
-#define DO(x) _Pragma(#x)
-#if defined(__clang__)
-#define TARGET_BEGIN(features) DO(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define TARGET_END DO(clang attribute pop)
-#else
-#define TARGET_BEGIN(features) DO(GCC push_options) DO(GCC target(features))
-#define TARGET_END DO(GCC pop_options)
-#endif
-
 namespace base {  // any machine with a compiler
 constexpr int L = 4, QUADS = 1;
 #include "sparse.h"

@@ -21,17 +21,6 @@
 namespace lmlab {
 namespace ternary {
 
-// GCC and clang say differently that everything up to TARGET_END may use these instructions. Lambdas need it said again by GCC.
-#define DO(x) _Pragma(#x)
-#if defined(__clang__)
-#define TARGET_BEGIN(features) DO(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define TARGET_END DO(clang attribute pop)
-#else
-#define TARGET_BEGIN(features) DO(GCC push_options) DO(GCC target(features))
-#define TARGET_END DO(GCC pop_options)
-#endif
-#define LAMBDA __attribute__((always_inline))
-
 namespace base {  // any machine with a compiler: four lanes in plain C++
 constexpr int L = 4, KEPT = 10;
 constexpr bool SCALED = false;
