@@ -750,148 +750,15 @@ d = {
             "lmlab.core.chapter.mean_spread": ("core/chapter.html#mean_spread", "lmlab/core/chapter.py"),
         },
         "lmlab.core.check": {
-            "lmlab.core.check.AdapterCase": ("core/check.html#adaptercase", "lmlab/core/check.py"),
-            "lmlab.core.check.AdapterCase.adapted": (
-                "core/check.html#adaptercase.adapted",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.AdapterCase.at": ("core/check.html#adaptercase.at", "lmlab/core/check.py"),
-            "lmlab.core.check.AdapterCase.base": ("core/check.html#adaptercase.base", "lmlab/core/check.py"),
-            "lmlab.core.check.AdapterCase.need": ("core/check.html#adaptercase.need", "lmlab/core/check.py"),
-            "lmlab.core.check.AdapterCase.out": ("core/check.html#adaptercase.out", "lmlab/core/check.py"),
-            "lmlab.core.check.AdapterCase.trainable": (
-                "core/check.html#adaptercase.trainable",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.AttentionCase": ("core/check.html#attentioncase", "lmlab/core/check.py"),
-            "lmlab.core.check.AttentionCase.__init__": (
-                "core/check.html#attentioncase.__init__",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.AttentionCase.allowed": (
-                "core/check.html#attentioncase.allowed",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.AttentionCase.at": ("core/check.html#attentioncase.at", "lmlab/core/check.py"),
-            "lmlab.core.check.AttentionCase.inputs": (
-                "core/check.html#attentioncase.inputs",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.AttentionCase.mask": (
-                "core/check.html#attentioncase.mask",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.AttentionCase.run": (
-                "core/check.html#attentioncase.run",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.AttentionCase.tol": (
-                "core/check.html#attentioncase.tol",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.AttentionCase.want": (
-                "core/check.html#attentioncase.want",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.CacheCase": ("core/check.html#cachecase", "lmlab/core/check.py"),
-            "lmlab.core.check.CacheCase.at": ("core/check.html#cachecase.at", "lmlab/core/check.py"),
-            "lmlab.core.check.CacheCase.filled": ("core/check.html#cachecase.filled", "lmlab/core/check.py"),
-            "lmlab.core.check.CacheCase.goes_on": (
-                "core/check.html#cachecase.goes_on",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.CacheCase.new": ("core/check.html#cachecase.new", "lmlab/core/check.py"),
-            "lmlab.core.check.CacheCase.push": ("core/check.html#cachecase.push", "lmlab/core/check.py"),
-            "lmlab.core.check.CacheCase.sizes": ("core/check.html#cachecase.sizes", "lmlab/core/check.py"),
-            "lmlab.core.check.CacheCase.truth": ("core/check.html#cachecase.truth", "lmlab/core/check.py"),
-            "lmlab.core.check.CompressionCase": ("core/check.html#compressioncase", "lmlab/core/check.py"),
-            "lmlab.core.check.CompressionCase.at": (
-                "core/check.html#compressioncase.at",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.CompressionCase.compare": (
-                "core/check.html#compressioncase.compare",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.CompressionCase.compressed": (
-                "core/check.html#compressioncase.compressed",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.CompressionCase.load": (
-                "core/check.html#compressioncase.load",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.CompressionCase.model": (
-                "core/check.html#compressioncase.model",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.CompressionCase.reloaded": (
-                "core/check.html#compressioncase.reloaded",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.CompressionCase.replaced": (
-                "core/check.html#compressioncase.replaced",
-                "lmlab/core/check.py",
-            ),
             "lmlab.core.check.ContractError": ("core/check.html#contracterror", "lmlab/core/check.py"),
             "lmlab.core.check.ContractError.__init__": (
                 "core/check.html#contracterror.__init__",
                 "lmlab/core/check.py",
             ),
-            "lmlab.core.check.KernelCase": ("core/check.html#kernelcase", "lmlab/core/check.py"),
-            "lmlab.core.check.KernelCase.__init__": (
-                "core/check.html#kernelcase.__init__",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.KernelCase.args": ("core/check.html#kernelcase.args", "lmlab/core/check.py"),
-            "lmlab.core.check.KernelCase.at": ("core/check.html#kernelcase.at", "lmlab/core/check.py"),
-            "lmlab.core.check.KernelCase.close": ("core/check.html#kernelcase.close", "lmlab/core/check.py"),
-            "lmlab.core.check.KernelCase.definition": (
-                "core/check.html#kernelcase.definition",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.KernelCase.outputs": (
-                "core/check.html#kernelcase.outputs",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.KernelCase.tol": ("core/check.html#kernelcase.tol", "lmlab/core/check.py"),
             "lmlab.core.check.Kind": ("core/check.html#kind", "lmlab/core/check.py"),
             "lmlab.core.check.Kind.__call__": ("core/check.html#kind.__call__", "lmlab/core/check.py"),
             "lmlab.core.check.Kind.__init__": ("core/check.html#kind.__init__", "lmlab/core/check.py"),
             "lmlab.core.check.Kind.run": ("core/check.html#kind.run", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase": ("core/check.html#lmcase", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.__init__": ("core/check.html#lmcase.__init__", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.at": ("core/check.html#lmcase.at", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.batch_ids": ("core/check.html#lmcase.batch_ids", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.call": ("core/check.html#lmcase.call", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.config_with": (
-                "core/check.html#lmcase.config_with",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.LMCase.feed": ("core/check.html#lmcase.feed", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.fresh": ("core/check.html#lmcase.fresh", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.generate": ("core/check.html#lmcase.generate", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.ids": ("core/check.html#lmcase.ids", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.lengths": ("core/check.html#lmcase.lengths", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.load": ("core/check.html#lmcase.load", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.logits": ("core/check.html#lmcase.logits", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.mask": ("core/check.html#lmcase.mask", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.model": ("core/check.html#lmcase.model", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.next_logits": (
-                "core/check.html#lmcase.next_logits",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.LMCase.once": ("core/check.html#lmcase.once", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.pad": ("core/check.html#lmcase.pad", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.pieces": ("core/check.html#lmcase.pieces", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.positions": ("core/check.html#lmcase.positions", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.real": ("core/check.html#lmcase.real", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.regret": ("core/check.html#lmcase.regret", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.reloaded": ("core/check.html#lmcase.reloaded", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.same": ("core/check.html#lmcase.same", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.save": ("core/check.html#lmcase.save", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.tokens": ("core/check.html#lmcase.tokens", "lmlab/core/check.py"),
-            "lmlab.core.check.LMCase.tol": ("core/check.html#lmcase.tol", "lmlab/core/check.py"),
             "lmlab.core.check.NotApplicable": ("core/check.html#notapplicable", "lmlab/core/check.py"),
             "lmlab.core.check.Report": ("core/check.html#report", "lmlab/core/check.py"),
             "lmlab.core.check.Report.__str__": ("core/check.html#report.__str__", "lmlab/core/check.py"),
@@ -901,562 +768,910 @@ d = {
             "lmlab.core.check.Report.rows": ("core/check.html#report.rows", "lmlab/core/check.py"),
             "lmlab.core.check.Report.summary": ("core/check.html#report.summary", "lmlab/core/check.py"),
             "lmlab.core.check.Run": ("core/check.html#run", "lmlab/core/check.py"),
-            "lmlab.core.check._a_broken_file_is_an_error_or_the_original": (
-                "core/check.html#_a_broken_file_is_an_error_or_the_original",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._a_copy_is_independent": (
-                "core/check.html#_a_copy_is_independent",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._a_copy_shares_nothing": (
-                "core/check.html#_a_copy_shares_nothing",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._a_fresh_adapter_is_the_identity": (
-                "core/check.html#_a_fresh_adapter_is_the_identity",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._a_given_cache_equals_an_own_one": (
-                "core/check.html#_a_given_cache_equals_an_own_one",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._a_healthy_file_loads_twice": (
-                "core/check.html#_a_healthy_file_loads_twice",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._a_missing_file_is_refused": (
-                "core/check.html#_a_missing_file_is_refused",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._a_query_that_sees_nothing_is_finite": (
-                "core/check.html#_a_query_that_sees_nothing_is_finite",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._a_saved_adapter_comes_back": (
-                "core/check.html#_a_saved_adapter_comes_back",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._a_saved_model_comes_back": (
-                "core/check.html#_a_saved_model_comes_back",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._a_state_dict_carries_the_model": (
-                "core/check.html#_a_state_dict_carries_the_model",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._an_adapted_model_generates": (
-                "core/check.html#_an_adapted_model_generates",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._an_empty_prompt_is_refused": (
-                "core/check.html#_an_empty_prompt_is_refused",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._another_batch_size_is_refused": (
-                "core/check.html#_another_batch_size_is_refused",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._another_dtype_is_refused": (
-                "core/check.html#_another_dtype_is_refused",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._as_it_was": ("core/check.html#_as_it_was", "lmlab/core/check.py"),
-            "lmlab.core.check._attempt": ("core/check.html#_attempt", "lmlab/core/check.py"),
-            "lmlab.core.check._attention_can_be_switched": (
-                "core/check.html#_attention_can_be_switched",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._attention_compiles_as_one_graph": (
-                "core/check.html#_attention_compiles_as_one_graph",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._attention_equals_its_definition": (
-                "core/check.html#_attention_equals_its_definition",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._attention_gradients_equal": (
-                "core/check.html#_attention_gradients_equal",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._attention_inputs_stay": (
-                "core/check.html#_attention_inputs_stay",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._attention_named": ("core/check.html#_attention_named", "lmlab/core/check.py"),
-            "lmlab.core.check._attention_rows_are_independent": (
-                "core/check.html#_attention_rows_are_independent",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._attention_serves_a_stock_model": (
-                "core/check.html#_attention_serves_a_stock_model",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._attentions_agree": (
-                "core/check.html#_attentions_agree",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._auto_classes_know_the_model": (
-                "core/check.html#_auto_classes_know_the_model",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._bad_adapter_settings_are_refused": (
-                "core/check.html#_bad_adapter_settings_are_refused",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._bad_config_values_are_refused": (
-                "core/check.html#_bad_config_values_are_refused",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._beams_with_and_without_cache": (
-                "core/check.html#_beams_with_and_without_cache",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._bytes_follow_the_formula": (
-                "core/check.html#_bytes_follow_the_formula",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._bytes_grow_as_promised": (
-                "core/check.html#_bytes_grow_as_promised",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._cache_filled_in_one_call": (
-                "core/check.html#_cache_filled_in_one_call",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._cache_filled_in_pieces": (
-                "core/check.html#_cache_filled_in_pieces",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._cache_one_token_at_a_time": (
-                "core/check.html#_cache_one_token_at_a_time",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._cached_logits_equal_recomputation": (
-                "core/check.html#_cached_logits_equal_recomputation",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._checkpointing_gives_the_same_gradients": (
-                "core/check.html#_checkpointing_gives_the_same_gradients",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._compiles_as_one_graph": (
-                "core/check.html#_compiles_as_one_graph",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._compressing_twice_is_once": (
-                "core/check.html#_compressing_twice_is_once",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._compression_repeats": (
-                "core/check.html#_compression_repeats",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._config_survives_the_file": (
-                "core/check.html#_config_survives_the_file",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._copies_are_independent": (
-                "core/check.html#_copies_are_independent",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._copy_files": ("core/check.html#_copy_files", "lmlab/core/check.py"),
-            "lmlab.core.check._descent_reaches_the_teacher": (
-                "core/check.html#_descent_reaches_the_teacher",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._drop": ("core/check.html#_drop", "lmlab/core/check.py"),
-            "lmlab.core.check._dtypes_agree": ("core/check.html#_dtypes_agree", "lmlab/core/check.py"),
-            "lmlab.core.check._edit_header": ("core/check.html#_edit_header", "lmlab/core/check.py"),
-            "lmlab.core.check._edit_json": ("core/check.html#_edit_json", "lmlab/core/check.py"),
-            "lmlab.core.check._embeddings_norms_and_head_stay": (
-                "core/check.html#_embeddings_norms_and_head_stay",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._embeddings_stand_for_tokens": (
-                "core/check.html#_embeddings_stand_for_tokens",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._equal": ("core/check.html#_equal", "lmlab/core/check.py"),
-            "lmlab.core.check._every_adapter_weight_learns": (
-                "core/check.html#_every_adapter_weight_learns",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._every_parameter_learns": (
-                "core/check.html#_every_parameter_learns",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._fields": ("core/check.html#_fields", "lmlab/core/check.py"),
-            "lmlab.core.check._flip": ("core/check.html#_flip", "lmlab/core/check.py"),
-            "lmlab.core.check._floating": ("core/check.html#_floating", "lmlab/core/check.py"),
-            "lmlab.core.check._generate_uses_the_processor": (
-                "core/check.html#_generate_uses_the_processor",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._generation_from_embeddings": (
-                "core/check.html#_generation_from_embeddings",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._generation_goes_on_from_its_cache": (
-                "core/check.html#_generation_goes_on_from_its_cache",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._given_scores_are_not_written_to": (
-                "core/check.html#_given_scores_are_not_written_to",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._gradients": ("core/check.html#_gradients", "lmlab/core/check.py"),
-            "lmlab.core.check._gradients_reach_the_inputs": (
-                "core/check.html#_gradients_reach_the_inputs",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._gradients_survive_gradcheck": (
-                "core/check.html#_gradients_survive_gradcheck",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._greedy": ("core/check.html#_greedy", "lmlab/core/check.py"),
-            "lmlab.core.check._greedy_is_lossless": (
-                "core/check.html#_greedy_is_lossless",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._greedy_with_and_without_cache": (
-                "core/check.html#_greedy_with_and_without_cache",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._header": ("core/check.html#_header", "lmlab/core/check.py"),
-            "lmlab.core.check._held": ("core/check.html#_held", "lmlab/core/check.py"),
-            "lmlab.core.check._inputs_stay_and_bits_repeat": (
-                "core/check.html#_inputs_stay_and_bits_repeat",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._is_clear": ("core/check.html#_is_clear", "lmlab/core/check.py"),
-            "lmlab.core.check._kept": ("core/check.html#_kept", "lmlab/core/check.py"),
-            "lmlab.core.check._kernel_compiles": ("core/check.html#_kernel_compiles", "lmlab/core/check.py"),
-            "lmlab.core.check._kernel_equals_its_definition": (
-                "core/check.html#_kernel_equals_its_definition",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._kernel_gradients_equal": (
-                "core/check.html#_kernel_gradients_equal",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._labels": ("core/check.html#_labels", "lmlab/core/check.py"),
-            "lmlab.core.check._large_scores_do_not_overflow": (
-                "core/check.html#_large_scores_do_not_overflow",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._last_logits_only": (
-                "core/check.html#_last_logits_only",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._left_pads_change_nothing": (
-                "core/check.html#_left_pads_change_nothing",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._length": ("core/check.html#_length", "lmlab/core/check.py"),
-            "lmlab.core.check._linear_layers_are_replaced": (
-                "core/check.html#_linear_layers_are_replaced",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._listed": ("core/check.html#_listed", "lmlab/core/check.py"),
-            "lmlab.core.check._logits_are_finite": (
-                "core/check.html#_logits_are_finite",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._logits_equal_the_reference": (
-                "core/check.html#_logits_equal_the_reference",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._loop": ("core/check.html#_loop", "lmlab/core/check.py"),
-            "lmlab.core.check._loop_follows_the_seed": (
-                "core/check.html#_loop_follows_the_seed",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._loop_leaves_the_model_alone": (
-                "core/check.html#_loop_leaves_the_model_alone",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._loss_divides_by_what_it_is_told": (
-                "core/check.html#_loss_divides_by_what_it_is_told",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._loss_gradient_is_the_derivative": (
-                "core/check.html#_loss_gradient_is_the_derivative",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._loss_is_one_finite_number": (
-                "core/check.html#_loss_is_one_finite_number",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._loss_is_the_shifted_cross_entropy": (
-                "core/check.html#_loss_is_the_shifted_cross_entropy",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._mask_of_ones_is_no_mask": (
-                "core/check.html#_mask_of_ones_is_no_mask",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._masked_keys_have_no_influence": (
-                "core/check.html#_masked_keys_have_no_influence",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._masked_positions_have_no_influence": (
-                "core/check.html#_masked_positions_have_no_influence",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._mean": ("core/check.html#_mean", "lmlab/core/check.py"),
-            "lmlab.core.check._merging_keeps_the_outputs": (
-                "core/check.html#_merging_keeps_the_outputs",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._merging_nan_is_refused": (
-                "core/check.html#_merging_nan_is_refused",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._must_refuse": ("core/check.html#_must_refuse", "lmlab/core/check.py"),
-            "lmlab.core.check._nan_is_not_swallowed": (
-                "core/check.html#_nan_is_not_swallowed",
-                "lmlab/core/check.py",
-            ),
+            "lmlab.core.check.__getattr__": ("core/check.html#__getattr__", "lmlab/core/check.py"),
             "lmlab.core.check._nan_message": ("core/check.html#_nan_message", "lmlab/core/check.py"),
-            "lmlab.core.check._neutral_settings_change_nothing": (
-                "core/check.html#_neutral_settings_change_nothing",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._no_state_between_calls": (
-                "core/check.html#_no_state_between_calls",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._no_token_sees_its_future": (
-                "core/check.html#_no_token_sees_its_future",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._nothing_kept_is_no_loss": (
-                "core/check.html#_nothing_kept_is_no_loss",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._only_the_adapter_trains": (
-                "core/check.html#_only_the_adapter_trains",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._other_shapes_are_refused": (
-                "core/check.html#_other_shapes_are_refused",
-                "lmlab/core/check.py",
-            ),
             "lmlab.core.check._outcome": ("core/check.html#_outcome", "lmlab/core/check.py"),
-            "lmlab.core.check._pack": ("core/check.html#_pack", "lmlab/core/check.py"),
-            "lmlab.core.check._pad_tokens_are_invisible": (
-                "core/check.html#_pad_tokens_are_invisible",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._padded_prompts_generate_alike": (
-                "core/check.html#_padded_prompts_generate_alike",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._peak_bytes": ("core/check.html#_peak_bytes", "lmlab/core/check.py"),
-            "lmlab.core.check._pieces_add_up_to_the_batch": (
-                "core/check.html#_pieces_add_up_to_the_batch",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._places": ("core/check.html#_places", "lmlab/core/check.py"),
-            "lmlab.core.check._positions_default_to_the_count": (
-                "core/check.html#_positions_default_to_the_count",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._processor_rows_are_independent": (
-                "core/check.html#_processor_rows_are_independent",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._refusals": ("core/check.html#_refusals", "lmlab/core/check.py"),
-            "lmlab.core.check._reloaded_buffers_have_the_same_bits": (
-                "core/check.html#_reloaded_buffers_have_the_same_bits",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._reloaded_logits_have_the_same_bits": (
-                "core/check.html#_reloaded_logits_have_the_same_bits",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._replaced_layers_learn": (
-                "core/check.html#_replaced_layers_learn",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._reset_forgets_everything": (
-                "core/check.html#_reset_forgets_everything",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._restoring_gives_dense_layers": (
-                "core/check.html#_restoring_gives_dense_layers",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._retype": ("core/check.html#_retype", "lmlab/core/check.py"),
-            "lmlab.core.check._right_pads_change_nothing": (
-                "core/check.html#_right_pads_change_nothing",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._rows_are_independent": (
-                "core/check.html#_rows_are_independent",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._rows_can_be_reordered": (
-                "core/check.html#_rows_can_be_reordered",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._rows_can_be_repeated_and_selected": (
-                "core/check.html#_rows_can_be_repeated_and_selected",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._rows_do_not_meet": (
-                "core/check.html#_rows_do_not_meet",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._same_bits": ("core/check.html#_same_bits", "lmlab/core/check.py"),
-            "lmlab.core.check._same_bits_every_call": (
-                "core/check.html#_same_bits_every_call",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._samples_follow_the_law": (
-                "core/check.html#_samples_follow_the_law",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._sampling_follows_the_seed": (
-                "core/check.html#_sampling_follows_the_seed",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._saved_buffers": ("core/check.html#_saved_buffers", "lmlab/core/check.py"),
-            "lmlab.core.check._saved_size_is_as_promised": (
-                "core/check.html#_saved_size_is_as_promised",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._scores": ("core/check.html#_scores", "lmlab/core/check.py"),
-            "lmlab.core.check._scores_stay_scores": (
-                "core/check.html#_scores_stay_scores",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._set": ("core/check.html#_set", "lmlab/core/check.py"),
-            "lmlab.core.check._state": ("core/check.html#_state", "lmlab/core/check.py"),
-            "lmlab.core.check._stops_are_obeyed": (
-                "core/check.html#_stops_are_obeyed",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._strided_inputs_are_welcome": (
-                "core/check.html#_strided_inputs_are_welcome",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._swap_offsets": ("core/check.html#_swap_offsets", "lmlab/core/check.py"),
-            "lmlab.core.check._the_config_comes_back": (
-                "core/check.html#_the_config_comes_back",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._the_custom_op_is_well_formed": (
-                "core/check.html#_the_custom_op_is_well_formed",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._the_file_holds_exactly_the_model": (
-                "core/check.html#_the_file_holds_exactly_the_model",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._the_given_model_is_returned": (
-                "core/check.html#_the_given_model_is_returned",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._the_scale_is_obeyed": (
-                "core/check.html#_the_scale_is_obeyed",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._the_teacher_gets_no_gradient": (
-                "core/check.html#_the_teacher_gets_no_gradient",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._the_vocabulary_can_grow": (
-                "core/check.html#_the_vocabulary_can_grow",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._threads_change_nothing": (
-                "core/check.html#_threads_change_nothing",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._tied_embeddings_stay_tied": (
-                "core/check.html#_tied_embeddings_stay_tied",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._tied_weights_stay_tied": (
-                "core/check.html#_tied_weights_stay_tied",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._tokens_are_counted": (
-                "core/check.html#_tokens_are_counted",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._tokens_are_taken_back_or_crop_is_refused": (
-                "core/check.html#_tokens_are_taken_back_or_crop_is_refused",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._tokens_or_embeddings_not_both": (
-                "core/check.html#_tokens_or_embeddings_not_both",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._unknown_config_fields_are_refused": (
-                "core/check.html#_unknown_config_fields_are_refused",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._unloading_leaves_a_plain_model": (
-                "core/check.html#_unloading_leaves_a_plain_model",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._unmerging_restores_the_bits": (
-                "core/check.html#_unmerging_restores_the_bits",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._unwritten_memory_is_not_read": (
-                "core/check.html#_unwritten_memory_is_not_read",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._use_cache_is_obeyed": (
-                "core/check.html#_use_cache_is_obeyed",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check._weights_that_are_not_finite_are_refused": (
-                "core/check.html#_weights_that_are_not_finite_are_refused",
-                "lmlab/core/check.py",
-            ),
             "lmlab.core.check._word": ("core/check.html#_word", "lmlab/core/check.py"),
-            "lmlab.core.check._zero_at_the_teacher": (
-                "core/check.html#_zero_at_the_teacher",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.check_adapter": ("core/check.html#check_adapter", "lmlab/core/check.py"),
-            "lmlab.core.check.check_attention": ("core/check.html#check_attention", "lmlab/core/check.py"),
-            "lmlab.core.check.check_cache": ("core/check.html#check_cache", "lmlab/core/check.py"),
-            "lmlab.core.check.check_causal_lm": ("core/check.html#check_causal_lm", "lmlab/core/check.py"),
-            "lmlab.core.check.check_compression": (
-                "core/check.html#check_compression",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.check_decoder": ("core/check.html#check_decoder", "lmlab/core/check.py"),
-            "lmlab.core.check.check_distillation": (
-                "core/check.html#check_distillation",
-                "lmlab/core/check.py",
-            ),
-            "lmlab.core.check.check_kernel": ("core/check.html#check_kernel", "lmlab/core/check.py"),
-            "lmlab.core.check.check_loader": ("core/check.html#check_loader", "lmlab/core/check.py"),
-            "lmlab.core.check.chi_square": ("core/check.html#chi_square", "lmlab/core/check.py"),
+            "lmlab.core.check.checker": ("core/check.html#checker", "lmlab/core/check.py"),
             "lmlab.core.check.compiled": ("core/check.html#compiled", "lmlab/core/check.py"),
-            "lmlab.core.check.deadline": ("core/check.html#deadline", "lmlab/core/check.py"),
             "lmlab.core.check.math_threads": ("core/check.html#math_threads", "lmlab/core/check.py"),
-            "lmlab.core.check.mutations": ("core/check.html#mutations", "lmlab/core/check.py"),
             "lmlab.core.check.poisoned_memory": ("core/check.html#poisoned_memory", "lmlab/core/check.py"),
             "lmlab.core.check.quiet": ("core/check.html#quiet", "lmlab/core/check.py"),
             "lmlab.core.check.rel_error": ("core/check.html#rel_error", "lmlab/core/check.py"),
             "lmlab.core.check.run_contract": ("core/check.html#run_contract", "lmlab/core/check.py"),
-            "lmlab.core.check.softmax_attention": (
-                "core/check.html#softmax_attention",
-                "lmlab/core/check.py",
-            ),
+            "lmlab.core.check.same_bits": ("core/check.html#same_bits", "lmlab/core/check.py"),
             "lmlab.core.check.stir": ("core/check.html#stir", "lmlab/core/check.py"),
             "lmlab.core.check.test_rel": ("core/check.html#test_rel", "lmlab/core/check.py"),
             "lmlab.core.check.tiny_llama": ("core/check.html#tiny_llama", "lmlab/core/check.py"),
             "lmlab.core.check.tiny_neox": ("core/check.html#tiny_neox", "lmlab/core/check.py"),
             "lmlab.core.check.tolerance": ("core/check.html#tolerance", "lmlab/core/check.py"),
+        },
+        "lmlab.core.check_adapter": {
+            "lmlab.core.check_adapter.AdapterCase": (
+                "core/check_adapter.html#adaptercase",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.adapted": (
+                "core/check_adapter.html#adaptercase.adapted",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.at": (
+                "core/check_adapter.html#adaptercase.at",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.base": (
+                "core/check_adapter.html#adaptercase.base",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.need": (
+                "core/check_adapter.html#adaptercase.need",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.out": (
+                "core/check_adapter.html#adaptercase.out",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.trainable": (
+                "core/check_adapter.html#adaptercase.trainable",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._a_fresh_adapter_is_the_identity": (
+                "core/check_adapter.html#_a_fresh_adapter_is_the_identity",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._a_saved_adapter_comes_back": (
+                "core/check_adapter.html#_a_saved_adapter_comes_back",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._an_adapted_model_generates": (
+                "core/check_adapter.html#_an_adapted_model_generates",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._bad_adapter_settings_are_refused": (
+                "core/check_adapter.html#_bad_adapter_settings_are_refused",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._every_adapter_weight_learns": (
+                "core/check_adapter.html#_every_adapter_weight_learns",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._merging_keeps_the_outputs": (
+                "core/check_adapter.html#_merging_keeps_the_outputs",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._merging_nan_is_refused": (
+                "core/check_adapter.html#_merging_nan_is_refused",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._only_the_adapter_trains": (
+                "core/check_adapter.html#_only_the_adapter_trains",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._unloading_leaves_a_plain_model": (
+                "core/check_adapter.html#_unloading_leaves_a_plain_model",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._unmerging_restores_the_bits": (
+                "core/check_adapter.html#_unmerging_restores_the_bits",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.check_adapter": (
+                "core/check_adapter.html#check_adapter",
+                "lmlab/core/check_adapter.py",
+            ),
+        },
+        "lmlab.core.check_attention": {
+            "lmlab.core.check_attention.AttentionCase": (
+                "core/check_attention.html#attentioncase",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.AttentionCase.__init__": (
+                "core/check_attention.html#attentioncase.__init__",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.AttentionCase.allowed": (
+                "core/check_attention.html#attentioncase.allowed",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.AttentionCase.at": (
+                "core/check_attention.html#attentioncase.at",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.AttentionCase.inputs": (
+                "core/check_attention.html#attentioncase.inputs",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.AttentionCase.mask": (
+                "core/check_attention.html#attentioncase.mask",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.AttentionCase.run": (
+                "core/check_attention.html#attentioncase.run",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.AttentionCase.tol": (
+                "core/check_attention.html#attentioncase.tol",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.AttentionCase.want": (
+                "core/check_attention.html#attentioncase.want",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._a_query_that_sees_nothing_is_finite": (
+                "core/check_attention.html#_a_query_that_sees_nothing_is_finite",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._attention_compiles_as_one_graph": (
+                "core/check_attention.html#_attention_compiles_as_one_graph",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._attention_equals_its_definition": (
+                "core/check_attention.html#_attention_equals_its_definition",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._attention_gradients_equal": (
+                "core/check_attention.html#_attention_gradients_equal",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._attention_inputs_stay": (
+                "core/check_attention.html#_attention_inputs_stay",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._attention_named": (
+                "core/check_attention.html#_attention_named",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._attention_rows_are_independent": (
+                "core/check_attention.html#_attention_rows_are_independent",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._attention_serves_a_stock_model": (
+                "core/check_attention.html#_attention_serves_a_stock_model",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._large_scores_do_not_overflow": (
+                "core/check_attention.html#_large_scores_do_not_overflow",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._masked_keys_have_no_influence": (
+                "core/check_attention.html#_masked_keys_have_no_influence",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._the_scale_is_obeyed": (
+                "core/check_attention.html#_the_scale_is_obeyed",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.check_attention": (
+                "core/check_attention.html#check_attention",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.softmax_attention": (
+                "core/check_attention.html#softmax_attention",
+                "lmlab/core/check_attention.py",
+            ),
+        },
+        "lmlab.core.check_cache": {
+            "lmlab.core.check_cache.CacheCase": (
+                "core/check_cache.html#cachecase",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache.CacheCase.at": (
+                "core/check_cache.html#cachecase.at",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache.CacheCase.filled": (
+                "core/check_cache.html#cachecase.filled",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache.CacheCase.goes_on": (
+                "core/check_cache.html#cachecase.goes_on",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache.CacheCase.new": (
+                "core/check_cache.html#cachecase.new",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache.CacheCase.push": (
+                "core/check_cache.html#cachecase.push",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache.CacheCase.sizes": (
+                "core/check_cache.html#cachecase.sizes",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache.CacheCase.truth": (
+                "core/check_cache.html#cachecase.truth",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._a_given_cache_equals_an_own_one": (
+                "core/check_cache.html#_a_given_cache_equals_an_own_one",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._another_batch_size_is_refused": (
+                "core/check_cache.html#_another_batch_size_is_refused",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._another_dtype_is_refused": (
+                "core/check_cache.html#_another_dtype_is_refused",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._bytes_follow_the_formula": (
+                "core/check_cache.html#_bytes_follow_the_formula",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._bytes_grow_as_promised": (
+                "core/check_cache.html#_bytes_grow_as_promised",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._cached_logits_equal_recomputation": (
+                "core/check_cache.html#_cached_logits_equal_recomputation",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._copies_are_independent": (
+                "core/check_cache.html#_copies_are_independent",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._held": ("core/check_cache.html#_held", "lmlab/core/check_cache.py"),
+            "lmlab.core.check_cache._must_refuse": (
+                "core/check_cache.html#_must_refuse",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._reset_forgets_everything": (
+                "core/check_cache.html#_reset_forgets_everything",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._rows_can_be_reordered": (
+                "core/check_cache.html#_rows_can_be_reordered",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._rows_can_be_repeated_and_selected": (
+                "core/check_cache.html#_rows_can_be_repeated_and_selected",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._tokens_are_counted": (
+                "core/check_cache.html#_tokens_are_counted",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._tokens_are_taken_back_or_crop_is_refused": (
+                "core/check_cache.html#_tokens_are_taken_back_or_crop_is_refused",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache._unwritten_memory_is_not_read": (
+                "core/check_cache.html#_unwritten_memory_is_not_read",
+                "lmlab/core/check_cache.py",
+            ),
+            "lmlab.core.check_cache.check_cache": (
+                "core/check_cache.html#check_cache",
+                "lmlab/core/check_cache.py",
+            ),
+        },
+        "lmlab.core.check_compression": {
+            "lmlab.core.check_compression.CompressionCase": (
+                "core/check_compression.html#compressioncase",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression.CompressionCase.at": (
+                "core/check_compression.html#compressioncase.at",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression.CompressionCase.compare": (
+                "core/check_compression.html#compressioncase.compare",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression.CompressionCase.compressed": (
+                "core/check_compression.html#compressioncase.compressed",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression.CompressionCase.load": (
+                "core/check_compression.html#compressioncase.load",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression.CompressionCase.model": (
+                "core/check_compression.html#compressioncase.model",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression.CompressionCase.reloaded": (
+                "core/check_compression.html#compressioncase.reloaded",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression.CompressionCase.replaced": (
+                "core/check_compression.html#compressioncase.replaced",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._a_copy_shares_nothing": (
+                "core/check_compression.html#_a_copy_shares_nothing",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._a_saved_model_comes_back": (
+                "core/check_compression.html#_a_saved_model_comes_back",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._a_state_dict_carries_the_model": (
+                "core/check_compression.html#_a_state_dict_carries_the_model",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._as_it_was": (
+                "core/check_compression.html#_as_it_was",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._compressing_twice_is_once": (
+                "core/check_compression.html#_compressing_twice_is_once",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._compression_repeats": (
+                "core/check_compression.html#_compression_repeats",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._embeddings_norms_and_head_stay": (
+                "core/check_compression.html#_embeddings_norms_and_head_stay",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._gradients_reach_the_inputs": (
+                "core/check_compression.html#_gradients_reach_the_inputs",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._linear_layers_are_replaced": (
+                "core/check_compression.html#_linear_layers_are_replaced",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._logits_equal_the_reference": (
+                "core/check_compression.html#_logits_equal_the_reference",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._places": (
+                "core/check_compression.html#_places",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._replaced_layers_learn": (
+                "core/check_compression.html#_replaced_layers_learn",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._restoring_gives_dense_layers": (
+                "core/check_compression.html#_restoring_gives_dense_layers",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._rows_do_not_meet": (
+                "core/check_compression.html#_rows_do_not_meet",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._saved_size_is_as_promised": (
+                "core/check_compression.html#_saved_size_is_as_promised",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._state": (
+                "core/check_compression.html#_state",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._the_config_comes_back": (
+                "core/check_compression.html#_the_config_comes_back",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._the_given_model_is_returned": (
+                "core/check_compression.html#_the_given_model_is_returned",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._tied_embeddings_stay_tied": (
+                "core/check_compression.html#_tied_embeddings_stay_tied",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression._weights_that_are_not_finite_are_refused": (
+                "core/check_compression.html#_weights_that_are_not_finite_are_refused",
+                "lmlab/core/check_compression.py",
+            ),
+            "lmlab.core.check_compression.check_compression": (
+                "core/check_compression.html#check_compression",
+                "lmlab/core/check_compression.py",
+            ),
+        },
+        "lmlab.core.check_decoder": {
+            "lmlab.core.check_decoder._generate_uses_the_processor": (
+                "core/check_decoder.html#_generate_uses_the_processor",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder._given_scores_are_not_written_to": (
+                "core/check_decoder.html#_given_scores_are_not_written_to",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder._greedy_is_lossless": (
+                "core/check_decoder.html#_greedy_is_lossless",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder._loop": (
+                "core/check_decoder.html#_loop",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder._loop_follows_the_seed": (
+                "core/check_decoder.html#_loop_follows_the_seed",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder._loop_leaves_the_model_alone": (
+                "core/check_decoder.html#_loop_leaves_the_model_alone",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder._neutral_settings_change_nothing": (
+                "core/check_decoder.html#_neutral_settings_change_nothing",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder._processor_rows_are_independent": (
+                "core/check_decoder.html#_processor_rows_are_independent",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder._samples_follow_the_law": (
+                "core/check_decoder.html#_samples_follow_the_law",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder._scores": (
+                "core/check_decoder.html#_scores",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder._scores_stay_scores": (
+                "core/check_decoder.html#_scores_stay_scores",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder._stops_are_obeyed": (
+                "core/check_decoder.html#_stops_are_obeyed",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder.check_decoder": (
+                "core/check_decoder.html#check_decoder",
+                "lmlab/core/check_decoder.py",
+            ),
+            "lmlab.core.check_decoder.chi_square": (
+                "core/check_decoder.html#chi_square",
+                "lmlab/core/check_decoder.py",
+            ),
+        },
+        "lmlab.core.check_distillation": {
+            "lmlab.core.check_distillation._descent_reaches_the_teacher": (
+                "core/check_distillation.html#_descent_reaches_the_teacher",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._kept": (
+                "core/check_distillation.html#_kept",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._loss_gradient_is_the_derivative": (
+                "core/check_distillation.html#_loss_gradient_is_the_derivative",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._loss_is_one_finite_number": (
+                "core/check_distillation.html#_loss_is_one_finite_number",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._masked_positions_have_no_influence": (
+                "core/check_distillation.html#_masked_positions_have_no_influence",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._mean": (
+                "core/check_distillation.html#_mean",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._nothing_kept_is_no_loss": (
+                "core/check_distillation.html#_nothing_kept_is_no_loss",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._other_shapes_are_refused": (
+                "core/check_distillation.html#_other_shapes_are_refused",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._pieces_add_up_to_the_batch": (
+                "core/check_distillation.html#_pieces_add_up_to_the_batch",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._the_teacher_gets_no_gradient": (
+                "core/check_distillation.html#_the_teacher_gets_no_gradient",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._zero_at_the_teacher": (
+                "core/check_distillation.html#_zero_at_the_teacher",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation.check_distillation": (
+                "core/check_distillation.html#check_distillation",
+                "lmlab/core/check_distillation.py",
+            ),
+        },
+        "lmlab.core.check_kernel": {
+            "lmlab.core.check_kernel.KernelCase": (
+                "core/check_kernel.html#kernelcase",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel.KernelCase.__init__": (
+                "core/check_kernel.html#kernelcase.__init__",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel.KernelCase.args": (
+                "core/check_kernel.html#kernelcase.args",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel.KernelCase.at": (
+                "core/check_kernel.html#kernelcase.at",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel.KernelCase.close": (
+                "core/check_kernel.html#kernelcase.close",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel.KernelCase.definition": (
+                "core/check_kernel.html#kernelcase.definition",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel.KernelCase.outputs": (
+                "core/check_kernel.html#kernelcase.outputs",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel.KernelCase.tol": (
+                "core/check_kernel.html#kernelcase.tol",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel._floating": (
+                "core/check_kernel.html#_floating",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel._gradients_survive_gradcheck": (
+                "core/check_kernel.html#_gradients_survive_gradcheck",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel._inputs_stay_and_bits_repeat": (
+                "core/check_kernel.html#_inputs_stay_and_bits_repeat",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel._kernel_compiles": (
+                "core/check_kernel.html#_kernel_compiles",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel._kernel_equals_its_definition": (
+                "core/check_kernel.html#_kernel_equals_its_definition",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel._kernel_gradients_equal": (
+                "core/check_kernel.html#_kernel_gradients_equal",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel._nan_is_not_swallowed": (
+                "core/check_kernel.html#_nan_is_not_swallowed",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel._strided_inputs_are_welcome": (
+                "core/check_kernel.html#_strided_inputs_are_welcome",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel._the_custom_op_is_well_formed": (
+                "core/check_kernel.html#_the_custom_op_is_well_formed",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel._threads_change_nothing": (
+                "core/check_kernel.html#_threads_change_nothing",
+                "lmlab/core/check_kernel.py",
+            ),
+            "lmlab.core.check_kernel.check_kernel": (
+                "core/check_kernel.html#check_kernel",
+                "lmlab/core/check_kernel.py",
+            ),
+        },
+        "lmlab.core.check_lm": {
+            "lmlab.core.check_lm.LMCase": ("core/check_lm.html#lmcase", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.__init__": (
+                "core/check_lm.html#lmcase.__init__",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.at": ("core/check_lm.html#lmcase.at", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.batch_ids": (
+                "core/check_lm.html#lmcase.batch_ids",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.call": ("core/check_lm.html#lmcase.call", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.config_with": (
+                "core/check_lm.html#lmcase.config_with",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.feed": ("core/check_lm.html#lmcase.feed", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.fresh": ("core/check_lm.html#lmcase.fresh", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.generate": (
+                "core/check_lm.html#lmcase.generate",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.ids": ("core/check_lm.html#lmcase.ids", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.lengths": (
+                "core/check_lm.html#lmcase.lengths",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.load": ("core/check_lm.html#lmcase.load", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.logits": (
+                "core/check_lm.html#lmcase.logits",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.mask": ("core/check_lm.html#lmcase.mask", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.model": ("core/check_lm.html#lmcase.model", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.next_logits": (
+                "core/check_lm.html#lmcase.next_logits",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.once": ("core/check_lm.html#lmcase.once", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.pad": ("core/check_lm.html#lmcase.pad", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.pieces": (
+                "core/check_lm.html#lmcase.pieces",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.positions": (
+                "core/check_lm.html#lmcase.positions",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.real": ("core/check_lm.html#lmcase.real", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.regret": (
+                "core/check_lm.html#lmcase.regret",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.reloaded": (
+                "core/check_lm.html#lmcase.reloaded",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.same": ("core/check_lm.html#lmcase.same", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.save": ("core/check_lm.html#lmcase.save", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm.LMCase.tokens": (
+                "core/check_lm.html#lmcase.tokens",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.LMCase.tol": ("core/check_lm.html#lmcase.tol", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm._a_copy_is_independent": (
+                "core/check_lm.html#_a_copy_is_independent",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._an_empty_prompt_is_refused": (
+                "core/check_lm.html#_an_empty_prompt_is_refused",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._attention_can_be_switched": (
+                "core/check_lm.html#_attention_can_be_switched",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._attentions_agree": (
+                "core/check_lm.html#_attentions_agree",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._auto_classes_know_the_model": (
+                "core/check_lm.html#_auto_classes_know_the_model",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._bad_config_values_are_refused": (
+                "core/check_lm.html#_bad_config_values_are_refused",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._beams_with_and_without_cache": (
+                "core/check_lm.html#_beams_with_and_without_cache",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._cache_filled_in_one_call": (
+                "core/check_lm.html#_cache_filled_in_one_call",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._cache_filled_in_pieces": (
+                "core/check_lm.html#_cache_filled_in_pieces",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._cache_one_token_at_a_time": (
+                "core/check_lm.html#_cache_one_token_at_a_time",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._checkpointing_gives_the_same_gradients": (
+                "core/check_lm.html#_checkpointing_gives_the_same_gradients",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._compiles_as_one_graph": (
+                "core/check_lm.html#_compiles_as_one_graph",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._config_survives_the_file": (
+                "core/check_lm.html#_config_survives_the_file",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._dtypes_agree": (
+                "core/check_lm.html#_dtypes_agree",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._embeddings_stand_for_tokens": (
+                "core/check_lm.html#_embeddings_stand_for_tokens",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._every_parameter_learns": (
+                "core/check_lm.html#_every_parameter_learns",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._fields": ("core/check_lm.html#_fields", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm._generation_from_embeddings": (
+                "core/check_lm.html#_generation_from_embeddings",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._generation_goes_on_from_its_cache": (
+                "core/check_lm.html#_generation_goes_on_from_its_cache",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._gradients": ("core/check_lm.html#_gradients", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm._greedy_with_and_without_cache": (
+                "core/check_lm.html#_greedy_with_and_without_cache",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._labels": ("core/check_lm.html#_labels", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm._last_logits_only": (
+                "core/check_lm.html#_last_logits_only",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._left_pads_change_nothing": (
+                "core/check_lm.html#_left_pads_change_nothing",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._listed": ("core/check_lm.html#_listed", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm._logits_are_finite": (
+                "core/check_lm.html#_logits_are_finite",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._loss_divides_by_what_it_is_told": (
+                "core/check_lm.html#_loss_divides_by_what_it_is_told",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._loss_is_the_shifted_cross_entropy": (
+                "core/check_lm.html#_loss_is_the_shifted_cross_entropy",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._mask_of_ones_is_no_mask": (
+                "core/check_lm.html#_mask_of_ones_is_no_mask",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._no_state_between_calls": (
+                "core/check_lm.html#_no_state_between_calls",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._no_token_sees_its_future": (
+                "core/check_lm.html#_no_token_sees_its_future",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._pad_tokens_are_invisible": (
+                "core/check_lm.html#_pad_tokens_are_invisible",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._padded_prompts_generate_alike": (
+                "core/check_lm.html#_padded_prompts_generate_alike",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._positions_default_to_the_count": (
+                "core/check_lm.html#_positions_default_to_the_count",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._refusals": ("core/check_lm.html#_refusals", "lmlab/core/check_lm.py"),
+            "lmlab.core.check_lm._reloaded_buffers_have_the_same_bits": (
+                "core/check_lm.html#_reloaded_buffers_have_the_same_bits",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._reloaded_logits_have_the_same_bits": (
+                "core/check_lm.html#_reloaded_logits_have_the_same_bits",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._right_pads_change_nothing": (
+                "core/check_lm.html#_right_pads_change_nothing",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._rows_are_independent": (
+                "core/check_lm.html#_rows_are_independent",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._same_bits_every_call": (
+                "core/check_lm.html#_same_bits_every_call",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._sampling_follows_the_seed": (
+                "core/check_lm.html#_sampling_follows_the_seed",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._saved_buffers": (
+                "core/check_lm.html#_saved_buffers",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._the_file_holds_exactly_the_model": (
+                "core/check_lm.html#_the_file_holds_exactly_the_model",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._the_vocabulary_can_grow": (
+                "core/check_lm.html#_the_vocabulary_can_grow",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._tied_weights_stay_tied": (
+                "core/check_lm.html#_tied_weights_stay_tied",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._tokens_or_embeddings_not_both": (
+                "core/check_lm.html#_tokens_or_embeddings_not_both",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._unknown_config_fields_are_refused": (
+                "core/check_lm.html#_unknown_config_fields_are_refused",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm._use_cache_is_obeyed": (
+                "core/check_lm.html#_use_cache_is_obeyed",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.check_causal_lm": (
+                "core/check_lm.html#check_causal_lm",
+                "lmlab/core/check_lm.py",
+            ),
+            "lmlab.core.check_lm.follows_greedy": (
+                "core/check_lm.html#follows_greedy",
+                "lmlab/core/check_lm.py",
+            ),
+        },
+        "lmlab.core.check_loader": {
+            "lmlab.core.check_loader._a_broken_file_is_an_error_or_the_original": (
+                "core/check_loader.html#_a_broken_file_is_an_error_or_the_original",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader._a_healthy_file_loads_twice": (
+                "core/check_loader.html#_a_healthy_file_loads_twice",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader._a_missing_file_is_refused": (
+                "core/check_loader.html#_a_missing_file_is_refused",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader._attempt": (
+                "core/check_loader.html#_attempt",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader._copy_files": (
+                "core/check_loader.html#_copy_files",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader._drop": ("core/check_loader.html#_drop", "lmlab/core/check_loader.py"),
+            "lmlab.core.check_loader._edit_header": (
+                "core/check_loader.html#_edit_header",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader._edit_json": (
+                "core/check_loader.html#_edit_json",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader._flip": ("core/check_loader.html#_flip", "lmlab/core/check_loader.py"),
+            "lmlab.core.check_loader._is_clear": (
+                "core/check_loader.html#_is_clear",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader._length": (
+                "core/check_loader.html#_length",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader._pack": ("core/check_loader.html#_pack", "lmlab/core/check_loader.py"),
+            "lmlab.core.check_loader._peak_bytes": (
+                "core/check_loader.html#_peak_bytes",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader._retype": (
+                "core/check_loader.html#_retype",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader._set": ("core/check_loader.html#_set", "lmlab/core/check_loader.py"),
+            "lmlab.core.check_loader._swap_offsets": (
+                "core/check_loader.html#_swap_offsets",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader.check_loader": (
+                "core/check_loader.html#check_loader",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader.deadline": (
+                "core/check_loader.html#deadline",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader.equal_states": (
+                "core/check_loader.html#equal_states",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader.file_parts": (
+                "core/check_loader.html#file_parts",
+                "lmlab/core/check_loader.py",
+            ),
+            "lmlab.core.check_loader.mutations": (
+                "core/check_loader.html#mutations",
+                "lmlab/core/check_loader.py",
+            ),
         },
         "lmlab.core.compat": {
             "lmlab.core.compat.GrowingLayer": ("core/compat.html#growinglayer", "lmlab/core/compat.py"),

@@ -20,7 +20,33 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lmlab.core import check
+from lmlab.core import (
+    check_adapter as adapters,
+)
+from lmlab.core import (
+    check_attention as attentions,
+)
+from lmlab.core import (
+    check_cache as caches,
+)
+from lmlab.core import (
+    check_compression as compressions,
+)
+from lmlab.core import (
+    check_decoder as decoders,
+)
+from lmlab.core import (
+    check_distillation as distillations,
+)
+from lmlab.core import (
+    check_kernel as kernels,
+)
+from lmlab.core import (
+    check_lm as models,
+)
+from lmlab.core import (
+    check_loader as loaders,
+)
 from lmlab.core.check import (
     ContractError,
     check_adapter,
@@ -32,10 +58,11 @@ from lmlab.core.check import (
     check_distillation,
     check_kernel,
     check_loader,
-    softmax_attention,
     stir,
+    test_rel,
     tiny_llama,
 )
+from lmlab.core.check_attention import softmax_attention
 
 torch.set_num_threads(1)
 F32 = (torch.float32,)
@@ -54,22 +81,22 @@ def caught(run, name):
 
 def test_every_check_has_a_twin():
     for kind, twins in (
-        (check.causal_lm, MODELS),
-        (check.kv_cache, CACHES),
-        (check.attention_kind, ATTENTIONS),
-        (check.kernel, KERNELS),
-        (check.loader, LOADERS),
-        (check.adapter, ADAPTERS),
-        (check.compression, COMPRESSIONS),
-        (check.processor_kind, PROCESSORS),
-        (check.loop_kind, LOOPS),
-        (check.distillation, LOSSES),
+        (models.causal_lm, MODELS),
+        (caches.kv_cache, CACHES),
+        (attentions.attention_kind, ATTENTIONS),
+        (kernels.kernel, KERNELS),
+        (loaders.loader, LOADERS),
+        (adapters.adapter, ADAPTERS),
+        (compressions.compression, COMPRESSIONS),
+        (decoders.processor_kind, PROCESSORS),
+        (decoders.loop_kind, LOOPS),
+        (distillations.distillation, LOSSES),
     ):
         assert {t[1] for t in twins} == set(kind.checks), kind.name
 
 
 def test_causal_lm_covers_the_grid():
-    kind = check.causal_lm
+    kind = models.causal_lm
     whole = [k for k, v in kind.checks.items() if set(v.axes) == {"dtype", "attention", "cache", "padding"}]
     three = [
         k for k, v in kind.checks.items() if len(v.axes) == 3
@@ -758,7 +785,7 @@ def test_the_softmax_reference():
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=0.3, enable_gqa=True).transpose(
         1, 2
     )
-    check.test_rel(softmax_attention(q, k, v, allowed, 0.3), want, 1e-6)
+    test_rel(softmax_attention(q, k, v, allowed, 0.3), want, 1e-6)
 
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
@@ -936,7 +963,7 @@ def test_a_broken_loader_is_caught(run, name, saved):
 
 
 def test_a_healthy_loader_passes(saved):
-    assert check_loader(strict_load, saved, cases=300, clear=(*check.CLEAR, RecursionError))
+    assert check_loader(strict_load, saved, cases=300, clear=(*loaders.CLEAR, RecursionError))
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------

@@ -74,12 +74,12 @@ def test_nothing_declared_is_missed(module):
 
 @pytest.mark.parametrize("slug", [slug for slug in catalogue() if built(slug)])
 def test_a_built_chapter_declares_a_contract(slug):
-    from lmlab.core.check import CHECKERS
+    from lmlab.core.check import KINDS
 
     module = f"lmlab.{catalogue()[slug].part}.{slug}"
-    assert module in MODULES, f"{module} has no contracts(); kinds are {', '.join(CHECKERS)}"
-    assert any(kind in CHECKERS for kind, *_ in entries(module)), (
-        f"{module} declares no kind among {', '.join(CHECKERS)}"
+    assert module in MODULES, f"{module} has no contracts(); kinds are {', '.join(KINDS)}"
+    assert any(kind in KINDS for kind, *_ in entries(module)), (
+        f"{module} declares no kind among {', '.join(KINDS)}"
     )
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from lmlab.core.check import CLEAR, check_loader, stir, tiny_llama
+from lmlab.core.check import check_loader, stir, tiny_llama
+from lmlab.core.check_loader import CLEAR
 
 CASES = dict(model=240, yoco=240, checkpoint=240, results=240, notebook=240, corpus=120)
 
