@@ -63,6 +63,7 @@ from lmlab.core.check import (
     tiny_llama,
 )
 from lmlab.core.check_attention import softmax_attention
+from lmlab.distillation.common import DistillationTrainer, collate
 
 torch.set_num_threads(1)
 F32 = (torch.float32,)
@@ -91,6 +92,8 @@ def test_every_check_has_a_twin():
         (decoders.processor_kind, PROCESSORS),
         (decoders.loop_kind, LOOPS),
         (distillations.distillation, LOSSES),
+        (distillations.preference, PAIRS),
+        (distillations.training, TRAINERS),
     ):
         assert {t[1] for t in twins} == set(kind.checks), kind.name
 
@@ -1507,7 +1510,19 @@ def test_a_healthy_loop_passes():
 
 
 def divergence(
-    s, t, labels, *, fit=True, keep=None, detach=True, mean=None, scale=1.0, slope=None, safe=True, empty=True
+    s,
+    t,
+    labels,
+    *,
+    fit=True,
+    keep=None,
+    detach=True,
+    mean=None,
+    scale=1.0,
+    slope=None,
+    safe=True,
+    empty=True,
+    wide=torch.float32,
 ):
     "Kullback-Leibler from student to teacher; the arguments break one thing each"
     if fit and (s.shape != t.shape or s.shape[:2] != labels.shape):
@@ -1515,13 +1530,13 @@ def divergence(
             f"student {tuple(s.shape)}, teacher {tuple(t.shape)}, labels {tuple(labels.shape)} do not fit"
         )
     keep = (labels[:, 1:] != -100) if keep is None else keep(labels)
-    wide = torch.promote_types(s.dtype, torch.float32)
+    wide = torch.promote_types(s.dtype, wide)
     s, t = ((o[:, :-1][keep] * scale).to(wide).log_softmax(-1) for o in (s, t.detach() if detach else t))
     each = t.exp() * (t - s)
     each = torch.where(t == -torch.inf, 0, each) if safe else each
     total = each.sum() if slope is None else slope(each.sum())
-    if mean == "rows":
-        return total / len(labels)
+    if mean is not None:
+        return total / mean(labels)
     return total / (keep.sum() if not empty else keep.sum().clamp(min=1))
 
 
@@ -1547,7 +1562,9 @@ LOSSES = [
     (ls(empty=False), "nothing_kept_is_no_loss"),
     (ls(detach=False), "the_teacher_gets_no_gradient"),
     (ls(fit=False), "other_shapes_are_refused"),
-    (ls(mean="rows"), "pieces_add_up_to_the_batch"),
+    (ls(mean=len), "pieces_add_up_to_the_batch"),
+    (ls(mean=torch.numel), "padding_changes_nothing"),
+    (ls(wide=torch.bfloat16), "softmax_is_taken_in_float32"),
     (ls(slope=Steep.apply), "loss_gradient_is_the_derivative"),
     (lambda **o: check_distillation(lambda s, t, labels: divergence(s * 0.1, t * 0.1, labels) * 0 + divergence(s * 2, t, labels), **o), "descent_reaches_the_teacher"),
 ]  # fmt: skip
@@ -1560,3 +1577,130 @@ def test_a_broken_loss_is_caught(run, name):
 
 def test_a_healthy_loss_passes():
     assert not check_distillation(divergence).of("n/a")
+
+
+def preferred(
+    q, p, n, *, fit=True, empty=True, detach=True, wide=torch.float32, norm=False, slope=None, swap=False,
+    each=lambda h, n: -F.logsigmoid(h), mean=lambda x, n: x.mean(),
+):  # fmt: skip
+    "DPO with the teacher as the reference; the arguments break one thing each"
+    if fit and len({o.shape for pair in (q, p, n) for o in pair}) > 1:
+        raise ValueError(f"shapes {[tuple(o.shape) for pair in (q, p, n) for o in pair]} differ")
+    if empty and min(o.min() for o in n) < 1:
+        raise ValueError("a response is empty")
+    at = torch.promote_types(q[0].dtype, wide)
+    r = [
+        a.to(at) / (k if norm else 1) - (b.detach() if detach else b).to(at)
+        for a, b, k in zip(q, p, n, strict=False)
+    ]
+    h = 0.3 * (r[1] - r[0] if swap else r[0] - r[1])
+    x = each(h, n).float() if at == torch.bfloat16 else each(h, n)
+    return mean(x if slope is None else slope(x), n)
+
+
+def pr(**kw):
+    return lambda **only: check_distillation(
+        lambda q, p, n: preferred(q, p, n, **kw), form="pairs", dpo=dict(beta=0.3), **only
+    )
+
+
+PAIRS = [
+    (pr(each=lambda h, n: -h.sigmoid().log()), "pair_loss_is_one_finite_number"),
+    (pr(wide=torch.bfloat16), "ratios_are_taken_in_float32"),
+    (pr(each=lambda h, n: -F.logsigmoid(h) * n[0]), "at_the_teacher_no_pair_is_special"),
+    (pr(swap=True), "chosen_goes_up_and_rejected_down"),
+    (pr(norm=True), "only_ratios_to_the_teacher_count"),
+    (pr(detach=False), "the_reference_gets_no_gradient"),
+    (pr(mean=lambda x, n: (x * n[0]).sum() / n[0].sum()), "pairs_add_up_to_the_batch"),
+    (pr(empty=False), "empty_responses_are_refused"),
+    (pr(fit=False), "pairs_that_do_not_fit_are_refused"),
+    (pr(slope=Steep.apply), "pair_gradient_is_the_derivative"),
+    (pr(each=lambda h, n: -F.logsigmoid(0.9 * h)), "equals_dpo_of_trl"),
+]
+
+
+@pytest.mark.parametrize("run,name", PAIRS)
+def test_a_broken_pair_loss_is_caught(run, name):
+    if name == "equals_dpo_of_trl":
+        pytest.importorskip("trl")
+    caught(run, name)
+
+
+def test_a_healthy_pair_loss_passes():
+    na = check_distillation(preferred, form="pairs").of("n/a")
+    assert [r.check for r in na] == ["equals_dpo_of_trl"]
+    na = check_distillation(lambda q, p, n: preferred(q, p, n, norm=True), form="pairs", reference=False).of(
+        "n/a"
+    )
+    assert {r.check for r in na} == {
+        "equals_dpo_of_trl",
+        "at_the_teacher_no_pair_is_special",
+        "only_ratios_to_the_teacher_count",
+    }
+
+
+class TrainedTeacher(DistillationTrainer):
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        self.teacher.train()
+
+
+class MeanOfMeans(DistillationTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs) / self.args.gradient_accumulation_steps
+
+
+class OwnCount(DistillationTrainer):
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return sum(self.items(b) for b in batch_samples) * self.accelerator.num_processes
+
+
+class Forgetful(DistillationTrainer):
+    calls = 0
+
+    def sum_and_count(self, model, batch):
+        self.calls += 1
+        total, n = super().sum_and_count(model, batch)
+        return total / self.calls, n
+
+
+class TeacherInside(DistillationTrainer):
+    def __init__(self, model, teacher, *args, **kw):
+        super().__init__(model, teacher, *args, **kw)
+        model.teacher = teacher
+
+
+def tr(cls=DistillationTrainer, collator=collate, names=True):
+    def make(student, teacher, rows, args, **kw):
+        kw = kw if names else {}
+        return cls(student, teacher, args, train_dataset=rows, data_collator=lambda o: collator(o, 0), **kw)
+
+    return lambda **only: check_distillation(make, form="trainer", **only)
+
+
+def unchecked(rows, pad):
+    "An empty response becomes a row without labels"
+    out = collate([dict(r, response=r["response"] or [pad]) for r in rows], pad)
+    return dict(out, labels=out["labels"].masked_fill(out["input_ids"] == pad, -100))
+
+
+TRAINERS = [
+    (tr(TrainedTeacher), "the_teacher_stays_as_it_is"),
+    (tr(MeanOfMeans), "accumulated_batches_are_one_batch"),
+    (tr(OwnCount), "two_processes_are_one"),
+    (tr(Forgetful), "a_resumed_run_is_the_straight_run"),
+    (tr(TeacherInside), "the_student_is_saved_alone"),
+    (tr(names=False), "other_vocabularies_are_refused"),
+    (tr(collator=unchecked), "rows_without_a_response_are_refused"),
+]
+
+
+@pytest.mark.parametrize("run,name", TRAINERS)
+def test_a_broken_trainer_is_caught(run, name):
+    caught(run, name)
+
+
+def test_a_healthy_trainer_passes():
+    assert not tr()().of("n/a")
+    with pytest.raises(ValueError, match="form must be one of tokens, pairs, trainer, got 'triples'"):
+        check_distillation(divergence, form="triples")

@@ -37,6 +37,7 @@ __all__ = [
     "baseline",
     "exact_match",
     "rouge_l",
+    "contracts",
 ]
 
 # %% ../../nbs/distillation/common.ipynb #7fafaa00
@@ -191,7 +192,7 @@ def model_logps(
     return lean_sequence_logps(last_hidden(model, **inputs), head.weight, batch["labels"], head.bias, chunk)
 
 
-# %% ../../nbs/distillation/common.ipynb #a325163a
+# %% ../../nbs/distillation/common.ipynb #1145eee7
 def log_softmaxes(
     student: Tensor,  # b t v, logits
     teacher: Tensor,  # b t v, logits
@@ -252,11 +253,12 @@ def jsd(
 
 def nll(
     student: Tensor,  # b t v, logits
-    teacher,  # not looked at
+    teacher: Tensor | None,  # b t v; not looked at
     labels: Tensor,  # b t
 ) -> tuple[Tensor, Tensor]:  # sum over scored positions, their number
     "Cross-entropy with the labels: supervised fine-tuning in the same form"
-    return -token_logps(student, labels).sum(), kept(labels).sum()
+    count = kept(labels, student, *([] if teacher is None else [teacher])).sum()
+    return -token_logps(student, labels).sum(), count
 
 
 # %% ../../nbs/distillation/common.ipynb #9bbbe318
@@ -430,7 +432,7 @@ def same_vocabulary(
             refuse("teacher", f"{name} {getattr(teacher, name)}", f"the student's, {getattr(student, name)}")
 
 
-# %% ../../nbs/distillation/common.ipynb #dbcbd77a
+# %% ../../nbs/distillation/common.ipynb #142bf371
 class DistillationTrainer(Trainer):
     "A `transformers` trainer whose loss sees a frozen teacher"
 
@@ -443,15 +445,18 @@ class DistillationTrainer(Trainer):
         args=None,  # TrainingArguments
         *,
         loss: Callable = forward_kl,  # (student logits, teacher logits, labels) -> (sum, count)
+        teacher_tokenizer=None,  # compared with `processing_class`, the student's
         **kw,  # of `Trainer`
     ):
         args = copy.copy(args) if args else TrainingArguments()
         args.remove_unused_columns = False  # what a batch holds is the collator's business
         if teacher is not None:
             same_vocabulary(bare(model), bare(teacher))
+        if teacher_tokenizer is not None:
+            same_vocabulary(kw["processing_class"], teacher_tokenizer)
         super().__init__(model, args, **kw)
         self.loss = loss
-        self.teacher = teacher and teacher.eval().requires_grad_(False).to(self.args.device)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
 
     def prepare(self, batch: dict) -> dict:
         "What is done to a batch before its items are counted: on-policy methods put the student's samples in"
@@ -488,7 +493,7 @@ class DistillationTrainer(Trainer):
         return self.accelerator.reduce(n, "sum") if batch_samples else None
 
 
-# %% ../../nbs/distillation/common.ipynb #217364d3
+# %% ../../nbs/distillation/common.ipynb #b068c340
 def collate(
     rows: list,  # of dicts with `prompt` and `response`, lists of ids
     pad: int,  # id that fills rows up
@@ -539,6 +544,8 @@ def baseline(
     "The trainer of a baseline"
     if name not in BASELINES:
         refuse("name", repr(name), ", ".join(BASELINES))
+    same_vocabulary(student, teacher)
+    teacher.eval().requires_grad_(False)
     if name == "seqkd":
         prompts = [r["prompt"] for r in rows]
         if folder is None:
@@ -574,3 +581,22 @@ def rouge_l(
 
     scorer = RougeScorer(["rougeL"], use_stemmer=tokenizer is None, tokenizer=tokenizer)
     return [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(predictions, references, strict=True)]
+
+
+# %% ../../nbs/distillation/common.ipynb #d6ba22b1
+def contracts():
+    "What the shared checkers test"
+    made = lambda name: partial(
+        baseline, name, sampling=dict(eos=2, pad=0, max_new_tokens=5, temperature=0.0)
+    )
+    own = {"rows_without_a_response_are_refused": "the responses of the data are not used, the teacher's are"}
+    return [
+        ("distillation", "forward_kl", dict(loss=forward_kl)),
+        ("distillation", "reverse_kl", dict(loss=reverse_kl, bounded=False)),
+        ("distillation", "jsd", dict(loss=jsd)),
+        ("distillation", "nll", dict(loss=nll, divergence=False)),
+        ("distillation", "sft", dict(loss=made("sft"), form="trainer")),
+        ("distillation", "kd", dict(loss=made("kd"), form="trainer")),
+        ("distillation", "seqkd", dict(loss=made("seqkd"), form="trainer", skip=own)),
+        ("distillation", "rkl", dict(loss=made("rkl"), form="trainer")),
+    ]
