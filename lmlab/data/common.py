@@ -32,24 +32,33 @@ __all__ = [
     "minified",
     "planted",
     "leaked",
+    "score_piece",
+    "score_stream",
 ]
 
-# %% ../../nbs/data/common.ipynb #4b5d0db3
+# %% ../../nbs/data/common.ipynb #d8bea2ae
 import base64
 import hashlib
 import inspect
+import itertools
+import json
 import keyword
 import math
+import os
 import re
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..core import corpora
-from ..core.fit import number, refuse, whole
-from ..core.ledger import nearest
+from ..core.bench import torch_threads
+from ..core.fit import number, progress_bar, refuse, whole
+from ..core.ledger import nearest, write_bytes, write_json
 
 # %% ../../nbs/data/common.ipynb #33d101f6
 PHI = np.uint64(0x9E3779B97F4A7C15)
@@ -188,7 +197,7 @@ def _rows(ds, rows):
                 return
 
 
-# %% ../../nbs/data/common.ipynb #d4ac149e
+# %% ../../nbs/data/common.ipynb #89cf8e49
 def draw(
     scored,  # yields (scores, numbers of the documents that carry the noise), both n
     n: int = None,  # documents; None: known when `scored` ends
@@ -233,9 +242,9 @@ def _length(ds):
     return len(ds) if hasattr(ds, "__len__") else None
 
 
-def _column(ds, column, index):
+def _column(ds, column, index, size=4096):
     "Batches of one column: (first row, values, numbers of the documents)"
-    for start, rows in batches(ds, [column] + [index] * (index is not None)):
+    for start, rows in batches(ds, [column] + [index] * (index is not None), size):
         values = rows[column]
         yield (
             start,
@@ -460,7 +469,7 @@ def select_dsir(
     return select(ds, DSIR.fit(ds, target, text=text, least=least), text=text, **how)
 
 
-# %% ../../nbs/data/common.ipynb #6e52468a
+# %% ../../nbs/data/common.ipynb #a3b58b06
 class TokenLoss:
     "The mean loss of the tokens of each text under a causal language model"
 
@@ -477,8 +486,6 @@ class TokenLoss:
         self,
         texts: list,  # of str
     ) -> np.ndarray:  # one number a text, float64
-        import torch
-
         eos, device, out = (
             self.tokenizer.eos_token_id,
             next(self.model.parameters()).device,
@@ -632,3 +639,206 @@ def leaked(
         for i, v in enumerate(values)
         if value(v) in known
     ]
+
+
+# %% ../../nbs/data/common.ipynb #1aeeb56f
+def score_piece(
+    values: list,  # what is scored, e.g. texts
+    score_batch: Callable,  # list of values -> one finite number each
+    batch: int = 256,  # values in a call, at most
+    chars: int = 2**20,  # characters in a call, padding included, unless one value is longer
+) -> np.ndarray:  # one score a value, float64
+    "Score some values in batches of about equal length"
+    out, order = np.zeros(len(values)), sorted(range(len(values)), key=lambda i: len(values[i]))
+    while order:
+        longest = len(values[order[-1]])
+        some = order[-max(1, min(batch, chars // max(1, longest))) :]
+        got = np.asarray(score_batch([values[i] for i in some]), np.float64)
+        if got.shape != (len(some),) or not np.isfinite(got).all():
+            refuse(
+                "score_batch",
+                f"{got.shape} values, {int((~np.isfinite(got)).sum())} not finite",
+                f"{len(some)} finite numbers",
+            )
+        out[some], order = got, order[: -len(some)]
+    return out
+
+
+def _write_piece(path, scores):
+    "A file of scores as `datasets` maps it into memory, with no copy"
+    import pyarrow as pa
+
+    sink, table = pa.BufferOutputStream(), pa.table(dict(score=scores))
+    with pa.ipc.new_stream(sink, table.schema) as w:
+        w.write_table(table)
+    write_bytes(path, sink.getvalue().to_pybytes())
+
+
+# %% ../../nbs/data/common.ipynb #66b9dadd
+def _score_and_write(job, ds, text, score_batch, out, batch):
+    "Do one piece; returns how many rows and characters it had"
+    start, stop, values = job
+    values = ds[start:stop][text] if values is None else values
+    if (bad := next((i for i, v in enumerate(values) if v is None), None)) is not None:
+        refuse("text", f"{text!r} with None in row {start + bad}", "a text in every row")
+    _write_piece(out / f"scores-{start:012d}.arrow", score_piece(values, score_batch, batch))
+    return len(values), sum(map(len, values))
+
+
+def _worker(conn, parent, *rest):
+    "Do pieces until there are no more, or nobody is left to send them"
+    torch.set_num_threads(1)
+    while True:
+        while not conn.poll(1.0):
+            if os.getppid() != parent:
+                return
+        if (job := conn.recv()) is None:
+            return
+        try:
+            conn.send(_score_and_write(job, *rest))
+        except Exception as e:  # noqa: BLE001  the parent raises it
+            conn.send(e)
+
+
+def _shared_out(jobs, num_proc, *rest):
+    "Do the jobs on some processes, in any order; yields what `_score_and_write` returns"
+    import multiprocessing as mp
+    from multiprocessing.connection import wait
+
+    ctx = mp.get_context("fork" if "fork" in mp.get_all_start_methods() else None)
+    conns, procs, jobs, busy = [], [], iter(jobs), set()
+    try:
+        for _ in range(num_proc):
+            conn, other = ctx.Pipe()
+            procs.append(ctx.Process(target=_worker, args=(other, os.getpid(), *rest), daemon=True))
+            procs[-1].start()
+            other.close()
+            conns.append(conn)
+        free, job = list(conns), next(jobs, None)
+        while job is not None or busy:
+            if job is not None and free:
+                conn = free.pop()
+                conn.send(job)
+                busy.add(conn)
+                job = next(jobs, None)
+                continue
+            for conn in wait(list(busy)):
+                try:
+                    got = conn.recv()
+                except EOFError:
+                    raise RuntimeError(
+                        "num_proc: a worker process was killed, perhaps for want of memory"
+                    ) from None
+                if isinstance(got, Exception):
+                    raise got
+                busy.remove(conn)
+                free.append(conn)
+                yield got
+        for conn in conns:
+            conn.send(None)
+    except BaseException:
+        for p in procs:
+            p.terminate()
+        raise
+    finally:
+        for p in procs:
+            p.join()
+        for conn in conns:
+            conn.close()
+
+
+# %% ../../nbs/data/common.ipynb #11adbc23
+def score_stream(
+    ds,  # a Dataset or an IterableDataset
+    score_batch: Callable,  # list of values -> one finite number each
+    out,  # folder for the scores; a run that was killed here goes on
+    *,
+    text: str = "text",  # column that is scored: texts, or lists of token ids
+    rows: int = 4096,  # in a piece
+    batch: int = 256,  # values in a call of `score_batch`, at most
+    num_proc: int = 1,  # worker processes
+    quiet: bool = False,  # no progress bar
+):  # a Dataset with one column `score`, mapped from the files
+    "Score every row of a corpus of any size, in constant memory"
+    from datasets import Dataset, concatenate_datasets
+    from filelock import FileLock, Timeout
+
+    rows, batch, num_proc, out = (
+        whole("rows", rows),
+        whole("batch", batch),
+        whole("num_proc", num_proc),
+        Path(out),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / "lock", timeout=5):
+            plan = _plan(ds, text, rows, batch, out)
+            if "n" not in plan:
+                n = _score_missing(ds, text, rows, out, num_proc, quiet, score_batch, batch)
+                write_json(out / "plan.json", plan | dict(n=n))
+    except Timeout:  # workers of a killed run let go of it within a second
+        refuse("out", f"{out}, where another run is writing", "a folder of its own for each run")
+    files = sorted(out.glob("scores-*.arrow"))
+    return (
+        concatenate_datasets([Dataset.from_file(str(p)) for p in files])
+        if files
+        else Dataset.from_dict(dict(score=np.empty(0)))
+    )
+
+
+def _plan(ds, text, rows, batch, out):
+    "What the folder was begun with, which a resumed run has to share"
+    _, head = next(batches(ds, [text], 64), (0, {text: []}))
+    plan = dict(
+        text=text,
+        rows=rows,
+        batch=batch,
+        begins=hashlib.blake2b(repr(head[text]).encode("utf-8", "replace"), digest_size=8).hexdigest(),
+    )
+    if not (out / "plan.json").exists():
+        write_json(out / "plan.json", plan)
+        return plan
+    old = json.loads((out / "plan.json").read_text())
+    for key, mine in plan.items():
+        if old.get(key) != mine:
+            what = "another corpus" if key == "begins" else f"{key} = {old.get(key)!r}"
+            refuse(
+                "out",
+                f"{out}, which was begun with {what}",
+                "a new folder, or the arguments it was begun with",
+            )
+    return old
+
+
+def _score_missing(ds, text, rows, out, num_proc, quiet, score_batch, batch):
+    "Do the pieces that are not there; returns the number of rows"
+    for p in out.glob(".scores-*"):
+        p.unlink()  # half-written when a run was killed
+    done = {int(p.stem.removeprefix("scores-")) for p in out.glob("scores-*.arrow")}
+    first = next(i for i in itertools.count(0, rows) if i not in done)
+    n, seen, chars, began = _length(ds), first, 0, time.perf_counter()
+
+    def jobs():
+        nonlocal seen
+        if n is not None:
+            yield from ((i, min(i + rows, n), None) for i in range(0, n, rows) if i not in done)
+            return
+        for start, values, _ in _column(ds.skip(first), text, None, rows):
+            seen = first + start + len(values)
+            if first + start not in done:
+                yield first + start, seen, values
+
+    rest = (ds if n is not None else None, text, score_batch, out, batch)
+    with progress_bar(quiet, total=n, initial=first, unit="row") as bar, torch_threads(1):
+        each = (
+            (_score_and_write(j, *rest) for j in jobs())
+            if num_proc == 1
+            else _shared_out(jobs(), num_proc, *rest)
+        )
+        for count, length in each:
+            chars += length
+            bar.update(count)
+            bar.set_postfix_str(
+                f"{chars / 1e6 / (time.perf_counter() - began):.1f} M characters/s", refresh=False
+            )
+    return seen if n is None else n
