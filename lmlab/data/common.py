@@ -21,6 +21,7 @@ __all__ = [
     "classes",
     "powers",
     "letters",
+    "groups",
     "tokens",
     "ngrams",
     "DSIR",
@@ -122,7 +123,7 @@ class TopK:
         return self.ids
 
 
-# %% ../../nbs/data/common.ipynb #43840260
+# %% ../../nbs/data/common.ipynb #bc3773bf
 def column_of(
     rows: dict,  # a batch: column -> list
     name: str,  # a column
@@ -160,14 +161,15 @@ def share(
     n: int,  # documents
     ratio: float = None,  # the share to take, above 0 and at most 1
     k: int = None,  # or how many
+    shard: bool = False,  # n is a part of the corpus, which may hold fewer than k
 ) -> int:
     "How many documents to take: exactly floor(ratio n), or k"
     if (ratio is None) == (k is None):
         refuse("ratio, k", f"{ratio!r}, {k!r}", "exactly one of the two")
     if k is not None:
-        if whole("k", k, 0) > n:
+        if whole("k", k, 0) > n and not shard:
             refuse("k", repr(k), f"at most the {n} documents there are")
-        return k
+        return min(k, n)
     if number("ratio", ratio, 0, open_end=True) > 1:
         refuse("ratio", repr(ratio), "above 0 and at most 1")
     return int(Fraction(str(ratio)) * n)
@@ -197,7 +199,7 @@ def _rows(ds, rows):
                 return
 
 
-# %% ../../nbs/data/common.ipynb #89cf8e49
+# %% ../../nbs/data/common.ipynb #09b82b38
 def draw(
     scored,  # yields (scores, numbers of the documents that carry the noise), both n
     n: int = None,  # documents; None: known when `scored` ends
@@ -206,11 +208,12 @@ def draw(
     k: int = None,
     tau: float = 1.0,
     seed: int = 0,
+    shard: bool = False,  # as in `share`
 ) -> np.ndarray:  # places of the drawn documents, in the order of the draws
     "The K largest of score + tau times noise"
     tau, seed = number("tau", tau), whole("seed", seed, 0)
     share(10**18, ratio, k)
-    size = k if n is None else share(n, ratio, k)  # None: known at the end of the stream
+    size = k if n is None else share(n, ratio, k, shard)  # None: known at the end of the stream
     top, kept, n = TopK(size or 0), [np.empty(0)], 0
     for scores, numbers in scored:
         keys = scores + tau * gumbel(numbers, seed)
@@ -219,7 +222,7 @@ def draw(
     if size is None:
         top = TopK(share(n, ratio))
         top.add(np.concatenate(kept), np.arange(n))
-    share(n, ratio, k)
+    share(n, ratio, k, shard)
     return top.best()
 
 
@@ -231,11 +234,13 @@ def gumbel_topk(
     k: int = None,  # or how many to keep
     tau: float = 1.0,  # temperature; 0 takes the best scores
     seed: int = 0,  # of the noise
-    index: str = None,  # column with each document's number in the whole corpus; None: its place in `ds`
+    index: str = None,  # column with each document's number in the whole corpus, of which `ds` may be a shard; None: its place in `ds`
 ):  # the same kind of dataset: the chosen rows in their old order, all columns
     "Draw documents without replacement from softmax(score / tau)"
     scored = ((_finite(v, column, start), at) for start, v, at in _column(ds, column, index))
-    return rows_of(ds, draw(scored, _length(ds), ratio=ratio, k=k, tau=tau, seed=seed))
+    return rows_of(
+        ds, draw(scored, _length(ds), ratio=ratio, k=k, tau=tau, seed=seed, shard=index is not None)
+    )
 
 
 def _length(ds):
@@ -273,7 +278,7 @@ def _numbers(values, column):
     return out.astype(np.int64)
 
 
-# %% ../../nbs/data/common.ipynb #15fcea4d
+# %% ../../nbs/data/common.ipynb #ad670279
 def select(
     ds,  # a Dataset or an IterableDataset
     score_batch: Callable,  # list of values -> one score each; higher is better
@@ -287,12 +292,14 @@ def select(
 ):  # the chosen rows in their old order
     "Score and draw in one go"
     scored = ((_finite(score_batch(v), "score", start), at) for start, v, at in _texts(ds, text, index))
-    return rows_of(ds, draw(scored, _length(ds), ratio=ratio, k=k, tau=tau, seed=seed))
+    return rows_of(
+        ds, draw(scored, _length(ds), ratio=ratio, k=k, tau=tau, seed=seed, shard=index is not None)
+    )
 
 
 def _texts(ds, text, index=None):
     "Batches of a text column, refused where a text is missing"
-    for start, values, at in _column(ds, text, index):
+    for start, values, at in _column(ds, text, index, 256):
         if (bad := next((i for i, v in enumerate(values) if v is None), None)) is not None:
             refuse("text", f"{text!r} with None in row {start + bad}", "a text in every row")
         yield start, values, at
@@ -308,7 +315,7 @@ def select_random(
     return select(ds, lambda values: np.zeros(len(values)), text=text, **how)
 
 
-# %% ../../nbs/data/common.ipynb #72fd6e33
+# %% ../../nbs/data/common.ipynb #cf8155a9
 _P = np.uint64(0xD6E8FEB86659FD93)
 _P_INVERSE = np.uint64(pow(0xD6E8FEB86659FD93, -1, 2**64))
 _SPACE = re.compile(r"\s")
@@ -364,22 +371,33 @@ def _tokens(joined, bounds):
     return mix64(out), np.searchsorted(start, bounds)
 
 
+def groups(
+    texts: list,  # of str
+    chars: int = 2**17,  # in a group, unless one text is longer: about what fits into a core's cache
+):  # yields (first, stop)
+    "Runs of neighbouring texts that are short enough to be worked on together"
+    first, have = 0, 0
+    for i, text in enumerate(texts):
+        if i > first and have + len(text) > chars:
+            yield first, i
+            first, have = i, 0
+        have += len(text) + 1
+    if len(texts):
+        yield first, len(texts)
+
+
 def tokens(
     texts: list,  # of str
-    size: int = 2**17,  # characters that are worked on at a time: what fits into a core's cache
+    chars: int = 2**17,  # that are worked on at a time
 ) -> tuple:  # hashes of all tokens one text after another, uint64; how many each text has
     "Words and runs of punctuation, in lower case, as numbers"
-    hashes, counts, some, owner, have = [np.empty(0, np.uint64)], np.zeros(len(texts), np.int64), [], [], 0
-    for i, text in enumerate([*texts, None]):
-        for piece in () if text is None else _cut(text.lower(), size):
-            some.append(piece)
-            owner.append(i)
-            have += len(piece) + 1
-        if some and (have >= size or text is None):
-            h, before = _tokens("\n".join(some), np.cumsum([0, *(len(o) + 1 for o in some)]))
-            hashes.append(h)
-            np.add.at(counts, owner, np.diff(before))
-            some, owner, have = [], [], 0
+    pieces = [(piece, i) for i, text in enumerate(texts) for piece in _cut(text.lower(), chars)]
+    hashes, counts = [np.empty(0, np.uint64)], np.zeros(len(texts), np.int64)
+    for first, stop in groups([piece for piece, _ in pieces], chars):
+        some, owners = zip(*pieces[first:stop], strict=True)
+        h, before = _tokens("\n".join(some), np.cumsum([0, *(len(o) + 1 for o in some)]))
+        hashes.append(h)
+        np.add.at(counts, list(owners), np.diff(before))
     return np.concatenate(hashes), counts
 
 
@@ -410,7 +428,7 @@ def ngrams(
     return tuple(np.concatenate(o) for o in zip(*out, strict=True))
 
 
-# %% ../../nbs/data/common.ipynb #ead3b8b8
+# %% ../../nbs/data/common.ipynb #a315161f
 class DSIR:
     "The log importance weight of texts: how much more a target corpus would write them than the raw one"
 
@@ -441,7 +459,8 @@ class DSIR:
     def _frequencies(ds, text, n, buckets):
         total = np.zeros(buckets, np.int64)
         for _, values, _ in _texts(ds, text):
-            total += np.bincount(ngrams(values, n, buckets)[0], minlength=buckets)
+            for a, b in groups(values):
+                total += np.bincount(ngrams(values[a:b], n, buckets)[0], minlength=buckets)
         if not total.any():
             refuse("ds", "a dataset without a word", "some text to count")
         return total / total.sum()
@@ -451,6 +470,9 @@ class DSIR:
         texts: list,  # of str
     ) -> np.ndarray:  # one weight a text, float64
         "A text's sum, in the order of its n-grams: it does not depend on the other texts of a batch"
+        return np.concatenate([np.empty(0), *(self._weights(texts[a:b]) for a, b in groups(texts))])
+
+    def _weights(self, texts):
         bucket, doc = ngrams(texts, self.n, len(self.log_ratio))
         weight = np.bincount(doc, self.log_ratio[bucket], len(texts))
         grams = self.n * self.least - self.n * (self.n - 1) // 2  # in a text of `least` tokens
@@ -747,7 +769,7 @@ def _shared_out(jobs, num_proc, *rest):
             conn.close()
 
 
-# %% ../../nbs/data/common.ipynb #11adbc23
+# %% ../../nbs/data/common.ipynb #51fc85b7
 def score_stream(
     ds,  # a Dataset or an IterableDataset
     score_batch: Callable,  # list of values -> one finite number each
@@ -771,11 +793,11 @@ def score_stream(
     )
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / "lock", timeout=5):
-            plan = _plan(ds, text, rows, batch, out)
-            if "n" not in plan:
+        with FileLock(out / ".lock", timeout=5):
+            _plan(ds, text, rows, batch, out)
+            if not (out / "done.json").exists():
                 n = _score_missing(ds, text, rows, out, num_proc, quiet, score_batch, batch)
-                write_json(out / "plan.json", plan | dict(n=n))
+                write_json(out / "done.json", dict(rows=n))
     except Timeout:  # workers of a killed run let go of it within a second
         refuse("out", f"{out}, where another run is writing", "a folder of its own for each run")
     files = sorted(out.glob("scores-*.arrow"))
@@ -797,7 +819,6 @@ def _plan(ds, text, rows, batch, out):
     )
     if not (out / "plan.json").exists():
         write_json(out / "plan.json", plan)
-        return plan
     old = json.loads((out / "plan.json").read_text())
     for key, mine in plan.items():
         if old.get(key) != mine:
@@ -807,7 +828,6 @@ def _plan(ds, text, rows, batch, out):
                 f"{out}, which was begun with {what}",
                 "a new folder, or the arguments it was begun with",
             )
-    return old
 
 
 def _score_missing(ds, text, rows, out, num_proc, quiet, score_batch, batch):
