@@ -37,10 +37,12 @@ __all__ = [
     "score_stream",
     "with_scores",
     "contracts",
+    "grown",
 ]
 
-# %% ../../nbs/data/common.ipynb #88961bf8
+# %% ../../nbs/data/common.ipynb #74143bc6
 import base64
+import collections
 import hashlib
 import inspect
 import itertools
@@ -956,3 +958,39 @@ def contracts():
             ),
         ),
     ]
+
+
+# %% ../../nbs/data/common.ipynb #2aaf816b
+def grown(
+    size: float,  # bytes, about
+    seed: int = 0,
+):  # yields dict(text=…)
+    "As much text as is asked for, from what is installed: the library and the packages, with variations"
+    texts, words = _installed()
+    ends, rng = np.cumsum([len(t) for t in texts]), np.random.default_rng(whole("seed", seed, 0))
+    while size > 0:
+        at, length = rng.integers(ends[-1], size=1024), rng.integers(500, 6000, 1024)
+        doc, swap = np.searchsorted(ends, at, "right"), rng.integers(len(words), size=(1024, 2))
+        for a, n, i, (old, new) in zip(
+            at.tolist(), length.tolist(), doc.tolist(), swap.tolist(), strict=True
+        ):
+            text = texts[i]
+            start = max(0, min(a - int(ends[i]) + len(text), len(text) - n))
+            text = text[start : start + n].replace(words[old % 50], words[new])
+            yield dict(text=text)
+            size -= len(text)
+            if size <= 0:
+                return
+
+
+@lru_cache(1)
+def _installed():
+    "Texts of the library and of the modules at the top of each package, and their commonest words"
+    root, paths = corpora.python_files()
+    packages = Path(torch.__file__).parent.parent
+    paths = [*paths, *sorted(packages.glob("*/*.py"))][:4000]
+    texts = tuple(t for _, t in corpora.documents(list(map(str, paths)), "/") if len(t) > 500)
+    common = collections.Counter(w for t in texts[::10] for w in re.findall(r"[a-z]{3,}", t)).most_common(
+        1000
+    )
+    return texts, [w for w, _ in common]
