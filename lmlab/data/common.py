@@ -66,7 +66,7 @@ from ..core.bench import torch_threads
 from ..core.fit import number, progress_bar, refuse, whole
 from ..core.ledger import nearest, write_bytes, write_json
 
-# %% ../../nbs/data/common.ipynb #7905a56c
+# %% ../../nbs/data/common.ipynb #85559c87
 PHI = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -94,7 +94,7 @@ def gumbel(
     index,  # ..., numbers of documents
     seed=0,  # ..., broadcast against `index`
 ) -> np.ndarray:  # ..., float64
-    "A draw of the Gumbel distribution a document: the maximum of many draws has this law, whence the name of extreme value"
+    "One draw a document from the Gumbel distribution, whose distribution function is exp(-exp(-x))"
     return -np.log(-np.log(uniform(index, seed)))
 
 
