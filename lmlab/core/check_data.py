@@ -57,7 +57,7 @@ def _corpus(Dataset, texts, rng):
     return Dataset.from_dict({k: list(v) for k, v in rows.items()}, features=Features(features))
 
 
-# %% ../../nbs/core/check_data.ipynb #5e6e8b68
+# %% ../../nbs/core/check_data.ipynb #f9e358b2
 data = Kind("data")
 
 
@@ -219,7 +219,7 @@ def _order_is_as_declared(c):
         raise NotApplicable("any order is allowed")
 
 
-# %% ../../nbs/core/check_data.ipynb #cad968b0
+# %% ../../nbs/core/check_data.ipynb #6b470cf7
 @data()
 def _streaming_is_the_same(c):
     "a stream of the rows, in one shard or seven, gives the same rows, each time it is read"
@@ -283,7 +283,7 @@ def _shards_make_the_whole(c):
             )
 
 
-# %% ../../nbs/core/check_data.ipynb #9b1ef8ab
+# %% ../../nbs/core/check_data.ipynb #8a9bde7a
 @data()
 def _nothing_gives_nothing(c):
     "an empty dataset gives an empty one with the same columns, or a ValueError"
@@ -377,7 +377,7 @@ def _missing_values_are_refused(c):
             )
 
 
-# %% ../../nbs/core/check_data.ipynb #658396ab
+# %% ../../nbs/core/check_data.ipynb #5fc8f65e
 def in_child(
     fn,  # () -> a number
 ) -> float:  # what it returned; NaN when the process was killed

@@ -16,6 +16,7 @@ __all__ = [
     "rows_of",
     "draw",
     "gumbel_topk",
+    "score_piece",
     "select",
     "select_random",
     "classes",
@@ -33,7 +34,6 @@ __all__ = [
     "minified",
     "planted",
     "leaked",
-    "score_piece",
     "score_stream",
     "with_scores",
     "contracts",
@@ -66,7 +66,7 @@ from ..core.bench import torch_threads
 from ..core.fit import number, progress_bar, refuse, whole
 from ..core.ledger import nearest, write_bytes, write_json
 
-# %% ../../nbs/data/common.ipynb #85559c87
+# %% ../../nbs/data/common.ipynb #fb1cb79f
 PHI = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -87,7 +87,9 @@ def uniform(
     index, seed = (np.asarray(o).astype(np.uint64) for o in (index, seed))
     with np.errstate(over="ignore"):  # words wrap around
         bits = mix64(mix64(seed + PHI) + index * PHI)
-    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return (
+        (bits >> np.uint64(12)).astype(np.float64) + 0.5
+    ) * 2.0**-52  # 52 bits: the half is exact, and 1 out of reach
 
 
 def gumbel(
@@ -128,7 +130,7 @@ class TopK:
         return self.ids
 
 
-# %% ../../nbs/data/common.ipynb #bc3773bf
+# %% ../../nbs/data/common.ipynb #dfe71f56
 def column_of(
     rows: dict,  # a batch: column -> list
     name: str,  # a column
@@ -155,6 +157,8 @@ def batches(
     for name in columns:
         if ds.column_names is not None:
             column_of(dict.fromkeys(ds.column_names), name)
+    if ds.column_names is not None:
+        ds = ds.select_columns(list(dict.fromkeys(columns)))
     start = 0
     for rows in ds.with_format(None).iter(size):
         rows = {name: column_of(rows, name) for name in columns}
@@ -204,7 +208,7 @@ def _rows(ds, rows):
                 return
 
 
-# %% ../../nbs/data/common.ipynb #09b82b38
+# %% ../../nbs/data/common.ipynb #921e5029
 def draw(
     scored,  # yields (scores, numbers of the documents that carry the noise), both n
     n: int = None,  # documents; None: known when `scored` ends
@@ -256,11 +260,8 @@ def _column(ds, column, index, size=4096):
     "Batches of one column: (first row, values, numbers of the documents)"
     for start, rows in batches(ds, [column] + [index] * (index is not None), size):
         values = rows[column]
-        yield (
-            start,
-            values,
-            np.arange(start, start + len(values)) if index is None else _numbers(rows[index], index),
-        )
+        place = np.arange(start, start + len(values))
+        yield start, values, place if index is None else _numbers(rows[index], index)
 
 
 def _finite(values, column, start):
@@ -283,7 +284,29 @@ def _numbers(values, column):
     return out.astype(np.int64)
 
 
-# %% ../../nbs/data/common.ipynb #ad670279
+# %% ../../nbs/data/common.ipynb #90412897
+def score_piece(
+    values: list,  # what is scored, e.g. texts
+    score_batch: Callable,  # list of values -> one finite number each
+    batch: int = 256,  # values in a call, at most
+    chars: int = 2**20,  # characters in a call, padding included, unless one value is longer
+) -> np.ndarray:  # one score a value, float64
+    "Score some values in batches of about equal length"
+    out, order = np.zeros(len(values)), sorted(range(len(values)), key=lambda i: len(values[i]))
+    while order:
+        longest = len(values[order[-1]])
+        some = order[-max(1, min(batch, chars // max(1, longest))) :]
+        got = np.asarray(score_batch([values[i] for i in some]), np.float64)
+        if got.shape != (len(some),) or not np.isfinite(got).all():
+            refuse(
+                "score_batch",
+                f"{got.shape} values, {int((~np.isfinite(got)).sum())} not finite",
+                f"{len(some)} finite numbers",
+            )
+        out[some], order = got, order[: -len(some)]
+    return out
+
+
 def select(
     ds,  # a Dataset or an IterableDataset
     score_batch: Callable,  # list of values -> one score each; higher is better
@@ -296,7 +319,7 @@ def select(
     seed: int = 0,
 ):  # the chosen rows in their old order
     "Score and draw in one go"
-    scored = ((_finite(score_batch(v), "score", start), at) for start, v, at in _texts(ds, text, index))
+    scored = ((score_piece(v, score_batch), at) for _, v, at in _texts(ds, text, index))
     return rows_of(
         ds, draw(scored, _length(ds), ratio=ratio, k=k, tau=tau, seed=seed, shard=index is not None)
     )
@@ -430,7 +453,7 @@ def ngrams(
     return tuple(np.concatenate(o) for o in zip(*out, strict=True))
 
 
-# %% ../../nbs/data/common.ipynb #33f13f72
+# %% ../../nbs/data/common.ipynb #a315161f
 class DSIR:
     "The log importance weight of texts: how much more a target corpus would write them than the raw one"
 
@@ -493,7 +516,7 @@ def select_dsir(
     return select(ds, DSIR.fit(ds, target, text=text, least=least), text=text, **how)
 
 
-# %% ../../nbs/data/common.ipynb #a3b58b06
+# %% ../../nbs/data/common.ipynb #4f2e460a
 class TokenLoss:
     "The mean loss of the tokens of each text under a causal language model"
 
@@ -510,11 +533,8 @@ class TokenLoss:
         self,
         texts: list,  # of str
     ) -> np.ndarray:  # one number a text, float64
-        eos, device, out = (
-            self.tokenizer.eos_token_id,
-            next(self.model.parameters()).device,
-            np.zeros(len(texts)),
-        )
+        eos, device = self.tokenizer.eos_token_id, next(self.model.parameters()).device
+        out = np.zeros(len(texts))
         ids = [np.append(eos, o)[: self.length + 1] for o in corpora.token_ids(texts, self.tokenizer)]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for some in (order[i : i + self.rows] for i in range(0, len(order), self.rows)):
@@ -552,13 +572,13 @@ def select_loss_gap(
     return select(ds, lambda texts: loss(texts) - reference(texts), tau=tau, **how)
 
 
-# %% ../../nbs/data/common.ipynb #fdc18f34
+# %% ../../nbs/data/common.ipynb #d17e656b
 _DOC = re.compile(r'(?<![\w"])[rR]?"""((?:[^"\\]|\\.|"(?!""))+)"""')
 
 
 @lru_cache(1)
 def good_texts() -> dict:  # split -> tuple of str
-    "Doc-strings of the library and reference topics, in disjoint splits"
+    "Docstrings of the library and reference topics, in disjoint splits"
     root, paths = corpora.python_files()
     found = (
         inspect.cleandoc(m[1])
@@ -602,11 +622,8 @@ def planted(
 
     if split not in corpora.SPLITS:
         refuse("split", repr(split), ", ".join(corpora.SPLITS))
-    n, size, rng = (
-        whole("n", n),
-        whole("size", size, 16),
-        np.random.default_rng([whole("seed", seed, 0), corpora.SPLITS.index(split)]),
-    )
+    n, size = whole("n", n), whole("size", size, 16)
+    rng = np.random.default_rng([whole("seed", seed, 0), corpora.SPLITS.index(split)])
     if not 0 <= number("junk", junk) <= 1:
         refuse("junk", repr(junk), "between 0 and 1")
     bad = int(junk * n)
@@ -645,7 +662,7 @@ def _blob(rng, size):
     return (base64.b64encode(raw).decode() if rng.integers(2) else raw.hex())[:size]
 
 
-# %% ../../nbs/data/common.ipynb #6e535673
+# %% ../../nbs/data/common.ipynb #5ae83ebe
 def leaked(
     train,  # a Dataset or an IterableDataset
     test,  # the same
@@ -665,29 +682,7 @@ def leaked(
     ]
 
 
-# %% ../../nbs/data/common.ipynb #1aeeb56f
-def score_piece(
-    values: list,  # what is scored, e.g. texts
-    score_batch: Callable,  # list of values -> one finite number each
-    batch: int = 256,  # values in a call, at most
-    chars: int = 2**20,  # characters in a call, padding included, unless one value is longer
-) -> np.ndarray:  # one score a value, float64
-    "Score some values in batches of about equal length"
-    out, order = np.zeros(len(values)), sorted(range(len(values)), key=lambda i: len(values[i]))
-    while order:
-        longest = len(values[order[-1]])
-        some = order[-max(1, min(batch, chars // max(1, longest))) :]
-        got = np.asarray(score_batch([values[i] for i in some]), np.float64)
-        if got.shape != (len(some),) or not np.isfinite(got).all():
-            refuse(
-                "score_batch",
-                f"{got.shape} values, {int((~np.isfinite(got)).sum())} not finite",
-                f"{len(some)} finite numbers",
-            )
-        out[some], order = got, order[: -len(some)]
-    return out
-
-
+# %% ../../nbs/data/common.ipynb #27eb79de
 def _write_piece(path, scores):
     "A file of scores as `datasets` maps it into memory, with no copy"
     import pyarrow as pa
@@ -698,7 +693,7 @@ def _write_piece(path, scores):
     write_bytes(path, sink.getvalue().to_pybytes())
 
 
-# %% ../../nbs/data/common.ipynb #66b9dadd
+# %% ../../nbs/data/common.ipynb #fc361ef4
 def _score_and_write(job, ds, text, score_batch, out, batch):
     "Do one piece; returns how many rows and characters it had"
     start, stop, values = job
@@ -771,7 +766,7 @@ def _shared_out(jobs, num_proc, *rest):
             conn.close()
 
 
-# %% ../../nbs/data/common.ipynb #51fc85b7
+# %% ../../nbs/data/common.ipynb #cf0d492d
 def score_stream(
     ds,  # a Dataset or an IterableDataset
     score_batch: Callable,  # list of values -> one finite number each
@@ -787,12 +782,8 @@ def score_stream(
     from datasets import Dataset, concatenate_datasets
     from filelock import FileLock, Timeout
 
-    rows, batch, num_proc, out = (
-        whole("rows", rows),
-        whole("batch", batch),
-        whole("num_proc", num_proc),
-        Path(out),
-    )
+    rows, batch, num_proc = whole("rows", rows), whole("batch", batch), whole("num_proc", num_proc)
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=5):
@@ -813,12 +804,8 @@ def score_stream(
 def _plan(ds, text, rows, batch, out):
     "What the folder was begun with, which a resumed run has to share"
     _, head = next(batches(ds, [text], 64), (0, {text: []}))
-    plan = dict(
-        text=text,
-        rows=rows,
-        batch=batch,
-        begins=hashlib.blake2b(repr(head[text]).encode("utf-8", "replace"), digest_size=8).hexdigest(),
-    )
+    begins = hashlib.blake2b(repr(head[text]).encode("utf-8", "replace"), digest_size=8).hexdigest()
+    plan = dict(begins=begins, text=text, rows=rows, batch=batch, length=_length(ds))
     if not (out / "plan.json").exists():
         write_json(out / "plan.json", plan)
     old = json.loads((out / "plan.json").read_text())
@@ -866,7 +853,7 @@ def _score_missing(ds, text, rows, out, num_proc, quiet, score_batch, batch):
     return seen if n is None else n
 
 
-# %% ../../nbs/data/common.ipynb #cc5d871c
+# %% ../../nbs/data/common.ipynb #93ec5cf8
 def with_scores(
     ds,  # the Dataset or IterableDataset that was scored
     scores,  # what `score_stream` returned
@@ -892,7 +879,7 @@ def _beside(ds, scores, column):
         yield row | {column: score}
 
 
-# %% ../../nbs/data/common.ipynb #8de258fc
+# %% ../../nbs/data/common.ipynb #6fedfa07
 def contracts():
     "What the shared checkers test"
     import tempfile
@@ -960,7 +947,7 @@ def contracts():
     ]
 
 
-# %% ../../nbs/data/common.ipynb #2aaf816b
+# %% ../../nbs/data/common.ipynb #6dec3abb
 def grown(
     size: float,  # bytes, about
     seed: int = 0,
