@@ -40,7 +40,7 @@ __all__ = [
     "grown",
 ]
 
-# %% ../../nbs/data/common.ipynb #74143bc6
+# %% ../../nbs/data/common.ipynb #ae94ea7b
 import base64
 import collections
 import hashlib
@@ -51,11 +51,12 @@ import keyword
 import math
 import os
 import re
+import tempfile
 import time
 import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -879,71 +880,52 @@ def _beside(ds, scores, column):
         yield row | {column: score}
 
 
-# %% ../../nbs/data/common.ipynb #6fedfa07
-def contracts():
-    "What the shared checkers test"
-    import tempfile
+# %% ../../nbs/data/common.ipynb #106d3eac
+def _topk(ds, seed, **how):
+    return gumbel_topk(ds, "score", **(dict(ratio=0.4) | how), seed=seed)
 
+
+def _merge(parts, seed):
+    from datasets import concatenate_datasets
+
+    some = dict(ratio=None, k=40, index="id")
+    return _topk(concatenate_datasets([_topk(p, seed, **some) for p in parts]), seed, **some)
+
+
+def _dsir(ds, seed, index=None):
     from lmlab.core.check_data import odd_texts
 
-    def topk(ds, seed, **how):
-        return gumbel_topk(ds, "score", **(dict(ratio=0.4) | how), seed=seed)
+    return select_dsir(ds, odd_texts(40, seed=1), ratio=0.4, tau=20.0, seed=seed, index=index)
 
-    def merge(parts, seed):
-        from datasets import concatenate_datasets
 
-        parts = [topk(p, seed, ratio=None, k=40, index="id") for p in parts]
-        return topk(concatenate_datasets(parts), seed, ratio=None, k=40, index="id")
+def _lengths(texts):
+    return [len(t) for t in texts]
 
-    def dsir(ds, seed, index=None):
-        return select_dsir(ds, odd_texts(40, seed=1), ratio=0.4, tau=20.0, seed=seed, index=index)
 
-    def lengths(texts):
-        return [len(t) for t in texts]
+def _scored(ds, seed, **how):
+    from datasets import Dataset
 
-    def scored(ds, seed, **how):
-        from datasets import Dataset
+    with tempfile.TemporaryDirectory() as out:
+        scores = score_stream(ds, _lengths, out, quiet=True, **how)
+        return with_scores(ds, Dataset.from_dict(scores.to_dict(), features=scores.features), "length")
 
-        with tempfile.TemporaryDirectory() as out:
-            scores = score_stream(ds, lengths, out, quiet=True, **(dict(rows=4096) | how))
-            return with_scores(ds, Dataset.from_dict(scores.to_dict(), features=scores.features), "length")
 
-    def write(ds, seed, out):
-        score_stream(ds, lengths, out, rows=20, quiet=True)
+def _write(ds, seed, out, num_proc=1):
+    score_stream(ds, _lengths, out, rows=20, num_proc=num_proc, quiet=True)
 
-    def write_on_two(ds, seed, out):
-        score_stream(ds, lengths, out, rows=20, num_proc=2, quiet=True)
 
+def contracts():
+    "What the shared checkers test"
     shares = (dict(index="id"), dict(ratio=None, k=40))
+    pieces = (dict(rows=20), dict(batch=7), dict(num_proc=2))
+    same = dict(function=_scored, rows="same", adds=("length",), random=False)
+    two = dict(write=partial(_write, num_proc=2), only=("killed_and_resumed_is_straight",))
     return [
-        ("data", "Gumbel-top-K", dict(function=topk, needs=("score",), options=shares, merge=merge)),
+        ("data", "Gumbel-top-K", dict(function=_topk, needs=("score",), options=shares, merge=_merge)),
         ("data", "random", dict(function=lambda ds, seed: select_random(ds, ratio=0.4, seed=seed))),
-        ("data", "n-gram importance", dict(function=dsir, options=(dict(index="id"),))),
-        (
-            "data",
-            "scores",
-            dict(
-                function=scored,
-                rows="same",
-                adds=("length",),
-                random=False,
-                write=write,
-                megabytes=64,
-                options=(dict(rows=20), dict(batch=7), dict(num_proc=2)),
-            ),
-        ),
-        (
-            "data",
-            "scores on two processes",
-            dict(
-                function=scored,
-                rows="same",
-                adds=("length",),
-                random=False,
-                write=write_on_two,
-                only=("killed_and_resumed_is_straight",),
-            ),
-        ),
+        ("data", "n-gram importance", dict(function=_dsir, options=(dict(index="id"),))),
+        ("data", "scores", dict(write=_write, options=pieces) | same),
+        ("data", "scores on two processes", two | same),
     ]
 
 
