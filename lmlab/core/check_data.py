@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["ODD", "data", "odd_texts", "check_data", "listed", "in_child"]
 
-# %% ../../nbs/core/check_data.ipynb #b7d7eeb8
+# %% ../../nbs/core/check_data.ipynb #9cb0eb27
 import os
 import pickle
 import random
@@ -377,7 +377,7 @@ def _missing_values_are_refused(c):
             )
 
 
-# %% ../../nbs/core/check_data.ipynb #5fc8f65e
+# %% ../../nbs/core/check_data.ipynb #a87f404b
 def in_child(
     fn,  # () -> a number
 ) -> float:  # what it returned; NaN when the process was killed
@@ -404,16 +404,11 @@ def in_child(
 def _long_stream(n, make):
     "n rows of about 1 kB, none of them held"
     few = [
-        r
-        | dict(
-            text="%d "
-            + " ".join(f"{w}{i}" for i, w in enumerate((r["text"] + " of data ").split()[:1] * 150))
-        )
+        r | dict(text=" ".join(f"{(r['text'] + ' of').split()[0]}{i}" for i in range(150)))
         for r in make().select(range(50))
     ]
     for i in range(n):
-        r = few[i % 50]
-        yield r | dict(id=i, text=r["text"] % i)
+        yield few[i % 50] | dict(id=i, text=f"{i} {few[i % 50]['text']}")
 
 
 @data()
