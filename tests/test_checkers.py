@@ -1,12 +1,16 @@
 """Every checker passes a healthy subject and catches, by name, a twin broken on purpose: one for each of its checks."""
 
 import copy
+import itertools
 import json
+import os
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import concatenate_datasets
 from huggingface_hub.dataclasses import strict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,6 +37,9 @@ from lmlab.core import (
     check_compression as compressions,
 )
 from lmlab.core import (
+    check_data as datas,
+)
+from lmlab.core import (
     check_decoder as decoders,
 )
 from lmlab.core import (
@@ -54,6 +61,7 @@ from lmlab.core.check import (
     check_cache,
     check_causal_lm,
     check_compression,
+    check_data,
     check_decoder,
     check_distillation,
     check_kernel,
@@ -63,6 +71,7 @@ from lmlab.core.check import (
     tiny_llama,
 )
 from lmlab.core.check_attention import softmax_attention
+from lmlab.data.common import score_stream
 from lmlab.distillation.common import DistillationTrainer, collate
 
 torch.set_num_threads(1)
@@ -94,6 +103,7 @@ def test_every_check_has_a_twin():
         (distillations.distillation, LOSSES),
         (distillations.preference, PAIRS),
         (distillations.training, TRAINERS),
+        (datas.data, DATAS),
     ):
         assert {t[1] for t in twins} == set(kind.checks), kind.name
 
@@ -1705,3 +1715,140 @@ def test_a_healthy_trainer_passes():
     assert not tr()().of("n/a")
     with pytest.raises(ValueError, match="form must be one of tokens, pairs, trainer, got 'triples'"):
         check_distillation(divergence, form="triples")
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+RUN = itertools.count()
+
+
+def even(numbers, seed):
+    hashed = (np.asarray(numbers, np.uint64) + np.uint64(1000003 * seed)) * np.uint64(0x9E3779B97F4A7C15)
+    return (hashed >> np.uint64(40) & np.uint64(1)).astype(bool).tolist()
+
+
+def half(ds, seed, *, none=None, missing=False, size=1000):
+    "Keep about half of the rows, by a hash of their number; the arguments break one thing each"
+
+    def keep(batch):
+        if "id" not in batch and missing:
+            return [True] * len(batch["text"])
+        if "id" not in batch or (none is None and None in batch["id"]):
+            raise ValueError("column 'id' is missing or has None")
+        return even([none if i is None else i for i in batch["id"]], seed)
+
+    return ds.with_format(None).filter(keep, batched=True, batch_size=size)
+
+
+def next_numbers(ds, seed):
+    rng = np.random.default_rng(seed)
+    return ds.filter(lambda r: bool(rng.integers(2)))
+
+
+def by_batch(ds, seed, size=1000):
+    keep = lambda b: np.random.default_rng(seed).integers(2, size=len(b["id"])).astype(bool).tolist()
+    return ds.filter(keep, batched=True, batch_size=size)
+
+
+def by_place(ds, seed):
+    return ds.filter(lambda r, i: even([i], seed)[0], with_indices=True)
+
+
+def by_storage(ds, seed):
+    return ds.select(np.flatnonzero(even(ds.data.column("id").to_pylist(), seed)))
+
+
+def formats(ds, seed):
+    getattr(ds, "set_format", str)("numpy")
+    return half(ds, seed)
+
+
+def seeds_numpy(ds, seed):
+    np.random.seed(seed)
+    return half(ds, seed)
+
+
+def by_spread(ds, seed):
+    if np.std([len(r["text"]) for r in ds]) == 0:
+        raise ZeroDivisionError("no spread")
+    return half(ds, seed)
+
+
+def by_rank(ds, seed):
+    mean = sum(r["id"] for r in ds) / len(ds)
+    return half(ds, seed).filter(lambda r: r["id"] <= mean)
+
+
+def holds(ds, seed):
+    kept = [r["text"] for r in ds]
+    return half(ds, seed) if kept else ds
+
+
+def more_when_streamed(ds, seed):
+    return half(ds, seed) if hasattr(ds, "__len__") else half(ds, seed).map(lambda r: dict(more=1))
+
+
+def score(ds, seed, folder):
+    score_stream(ds, lambda texts: [len(t) for t in texts], folder, rows=20, quiet=True)
+
+
+def appends(ds, seed, folder):
+    with open(f"{folder}/rows", "a") as f:
+        for r in ds:
+            print(r["text"], file=f, flush=True)
+
+
+def starts_again(ds, seed, folder):
+    for r in ds:
+        with open(f"{folder}/.{r['id']}", "w") as f:
+            f.write(r["text"])
+        os.replace(f.name, f"{folder}/{r['id']}")
+
+
+def dt(function=half, needs=("id",), **kw):
+    return lambda **only: check_data(function, needs=needs, **kw, **only)
+
+
+def merged(function):
+    return lambda parts, seed: concatenate_datasets([function(p, seed) for p in parts])
+
+
+DATAS = [
+    (dt(lambda ds, seed: half(ds, next(RUN))), "one_seed_one_result"),
+    (dt(lambda ds, seed: half(ds, 0)), "the_seed_matters_where_declared"),
+    (dt(random=False), "the_seed_matters_where_declared"),
+    (dt(seeds_numpy), "global_generators_are_left_alone"),
+    (dt(lambda ds, seed: half(ds, random.randrange(9))), "global_generators_are_left_alone"),
+    (dt(formats), "the_input_is_untouched"),
+    (dt(lambda ds, seed: half(ds, seed).remove_columns("kind")), "columns_are_as_promised"),
+    (dt(lambda ds, seed: half(ds, seed).map(lambda r: dict(kind=1))), "columns_are_as_promised"),
+    (dt(adds=("more",)), "columns_are_as_promised"),
+    (dt(more_when_streamed), "columns_are_as_promised"),
+    (dt(lambda ds, seed: half(ds, seed).map(lambda r: dict(text=r["text"][1:]))), "rows_are_those_of_the_input"),
+    (dt(lambda ds, seed: concatenate_datasets([half(ds, seed)] * 2)), "rows_are_those_of_the_input"),
+    (dt(rows="same"), "rows_are_those_of_the_input"),
+    (dt(lambda ds, seed: half(ds, seed).shuffle(seed)), "order_is_as_declared"),
+    (dt(next_numbers), "streaming_is_the_same"),
+    (dt(by_storage, streams=False), "stored_form_does_not_matter"),
+    (dt(by_batch, options=(dict(size=7),)), "options_change_nothing"),
+    (dt(by_place, merge=merged(by_place)), "shards_make_the_whole"),
+    (dt(by_rank, streams=False), "nothing_gives_nothing"),
+    (dt(lambda ds, seed: half(ds, seed) if len(ds) > 1 else ds[1], streams=False), "one_row_works"),
+    (dt(by_spread), "repeated_rows_are_rows"),
+    (dt(lambda ds, seed: half(ds, seed).map(lambda r: dict(text=r["text"].replace("\0", " ")))), "odd_texts_pass_unharmed"),
+    (dt(lambda ds, seed: half(ds, seed, missing=True)), "a_missing_column_is_refused"),
+    (dt(lambda ds, seed: half(ds, seed, none=0)), "missing_values_are_refused"),
+    (dt(holds), "memory_is_bounded"),
+    (dt(write=appends), "killed_and_resumed_is_straight"),
+    (dt(write=starts_again), "killed_and_resumed_is_straight"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run,name", DATAS)
+def test_a_broken_way_of_choosing_data_is_caught(run, name):
+    caught(run, name)
+
+
+def test_a_healthy_way_of_choosing_data_passes():
+    report = check_data(half, needs=("id",), options=(dict(size=7),), merge=merged(half), write=score)
+    assert not report.of("n/a")

@@ -385,7 +385,7 @@ def tiny_neox(
     return GPTNeoXConfig(**sizes | special | changes)
 
 
-# %% ../../nbs/core/check.ipynb #9ec1dd45
+# %% ../../nbs/core/check.ipynb #daa89e9c
 KINDS = dict(
     causal_lm="check_lm",
     cache="check_cache",
@@ -396,6 +396,7 @@ KINDS = dict(
     compression="check_compression",
     decoder="check_decoder",
     distillation="check_distillation",
+    data="check_data",
 )  # kind -> the module of `lmlab.core` that holds `check_<kind>`
 
 
