@@ -1194,7 +1194,8 @@ def looks_at_the_length(self, x):
 
 
 def breaks_the_graph(self, x):
-    return LoRA.forward(self, x) * float(x.sum().item() > -1e9)
+    torch._dynamo.graph_break()
+    return LoRA.forward(self, x)
 
 
 def freezes_first(model, **options):
@@ -1272,7 +1273,7 @@ class PeftLora:
         return model.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
 
     def save(self, model, path):
-        model.save_pretrained(path)
+        model.save_pretrained(path, save_embedding_layers=False)
         (path / "README.md").unlink()
 
     def load(self, model, path):
@@ -1301,6 +1302,7 @@ def test_the_lora_of_peft_passes():
     pytest.importorskip("peft")
     skip = {
         "merging_nan_is_refused": "it looks at one layer at a time and has written the others",
+        "another_shape_is_refused": "it wraps the model before it looks at the file",
         "bad_adapter_settings_are_refused": "it freezes the model before it looks for the targets",
     }
     layers = ("Linear", "Conv1D", "Embedding")
