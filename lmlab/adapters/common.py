@@ -540,7 +540,7 @@ def adapted_class(
     )
 
 
-# %% ../../nbs/adapters/common.ipynb #0faffff9
+# %% ../../nbs/adapters/common.ipynb #fb94a3cf
 def saved_modules(model, config) -> dict:  # name -> module
     "The modules that a config wants to train whole"
     want = config.modules_to_save or ()
@@ -601,14 +601,15 @@ def install(
         if not isinstance(m, Adapted):
             put(m, new := Adapted(m))
             if new.kind == "Embedding" and isinstance(head, nn.Linear) and head.weight is new.weight:
-                put(head, TiedHead(head, new))
+                put(head, TiedHead(head, new).train(head.training))
             m = new
         m.add(name, update, config.dropout)
+        m.train(m.base_layer.training)  # new modules are born in training mode, with their dropout on
     for n, c in copies.items():
         m = model.get_submodule(n)
         if not isinstance(m, Trained):
             put(m, new := Trained(m))
-            m = new
+            m = new.train(m.training)
         m.updates[name] = c
     if not isinstance(model, AdapterMixin):
         model.adapter_configs, model.frozen_weights = {}, frozen  # these train again after unloading
