@@ -32,6 +32,7 @@ __all__ = [
     "install",
     "layers",
     "trained",
+    "needs_base",
     "get_adapted_model",
     "copy_config",
     "get_lora_model",
@@ -239,7 +240,7 @@ class LoraConfig(AdapterConfig):
     file_names: ClassVar[dict] = dict(alpha="lora_alpha", dropout="lora_dropout")
 
 
-# %% ../../nbs/adapters/common.ipynb #86fd65b1
+# %% ../../nbs/adapters/common.ipynb #7a340c85
 def kind_of(
     layer: nn.Module,
 ) -> str | None:  # "Linear", "Conv1D", "Embedding", or None where it is none of them
@@ -285,6 +286,7 @@ class Adapted(nn.Module):
         self.base_layer, self.kind = base_layer, kind_of(base_layer)
         self.updates, self.dropouts = nn.ModuleDict(), nn.ModuleDict()
         self.active, self.original = None, None  # name of the update that acts; the weight before merging
+        self.folded = False  # was an update written into the base for good?
 
     @property
     def weight(self):
@@ -452,7 +454,7 @@ def targets(
     return found
 
 
-# %% ../../nbs/adapters/common.ipynb #27fb153d
+# %% ../../nbs/adapters/common.ipynb #917fdcd7
 class AdapterMixin:
     "What an adapted model can do beside what it could before; the names are `peft`'s"
 
@@ -482,6 +484,7 @@ class AdapterMixin:
     @contextlib.contextmanager
     def disable_adapter(self):
         "Inside, the model is the base"
+        needs_base(self, "the base is gone")
         merged = any(m.original is not None for m in layers(self).values())
         mods = (*layers(self).values(), *trained(self).values())
         if merged:
@@ -512,6 +515,7 @@ class AdapterMixin:
 
     def unload(self):
         "The base model as it was"
+        needs_base(self, "the base is gone")
         unmerge(self)
         return take_out(self, keep_trained=False)
 
@@ -540,7 +544,7 @@ def adapted_class(
     )
 
 
-# %% ../../nbs/adapters/common.ipynb #fb94a3cf
+# %% ../../nbs/adapters/common.ipynb #f224c938
 def saved_modules(model, config) -> dict:  # name -> module
     "The modules that a config wants to train whole"
     want = config.modules_to_save or ()
@@ -629,6 +633,15 @@ def trained(model) -> dict:  # name -> Trained
     return {n: m for n, m in model.named_modules() if isinstance(m, Trained)}
 
 
+def needs_base(
+    model: nn.Module,  # adapted
+    what: str,  # cannot be done without it
+):
+    "Raise where an update was folded into the base"
+    if n := next((n for n, m in layers(model).items() if m.folded), None):
+        raise ValueError(f"model: {n} had an update folded into it for good, so {what}; use merge_and_unload")
+
+
 def get_adapted_model(
     model: nn.Module,  # changed in place
     config: AdapterConfig,
@@ -668,7 +681,7 @@ def get_lora_model(
     return get_adapted_model(model, config, adapter)
 
 
-# %% ../../nbs/adapters/common.ipynb #c052e84e
+# %% ../../nbs/adapters/common.ipynb #1511440c
 def check_merge(
     layer: Adapted,
     name: str,  # for the message
@@ -707,7 +720,8 @@ def fold(
     "Write `W + ΔW` into the base for good; the update still acts, so its owner sets it to zero next"
     merge(model, keep=False)
     for m in layers(model).values():
-        m.original = None
+        if m.original is not None:
+            m.original, m.folded = None, True
 
 
 @torch.no_grad()
@@ -715,6 +729,8 @@ def unmerge(
     model: nn.Module,  # changed in place
 ):
     "Put the original weights back, bit for bit"
+    if all(m.original is None for m in layers(model).values()):
+        needs_base(model, "it cannot be unmerged")
     for m in layers(model).values():
         if m.original is not None:
             m.weight.copy_(m.original)
@@ -738,7 +754,7 @@ def take_out(
     return model
 
 
-# %% ../../nbs/adapters/common.ipynb #7f8c61dd
+# %% ../../nbs/adapters/common.ipynb #1c7a7258
 CONFIG_FILE, WEIGHTS_FILE, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
@@ -771,6 +787,7 @@ def save_adapter(
     adapter, path = adapter or model.active_adapter, Path(path)
     if adapter not in model.adapter_configs:
         refuse("adapter", repr(adapter), ", ".join(model.adapter_configs))
+    needs_base(model, "the adapter alone does not restore the model")
     tensors = adapter_tensors(modules_of(model, adapter))
     if state_dict is not None:
         names = {k: _inside(k, model, adapter) for k in tensors}
