@@ -7,15 +7,18 @@ Heads `2i` and `2i + 1` of the queries are the pair of head `i`; it reads the ke
 sees is what it sees in `lmlab.kernels.attention`; both maps see the same, and a query that sees nothing gives zeros. The two maps nearly
 cancel, so they are subtracted in float32.
 
-On a CPU the two maps are two calls of the attention there. On a GPU one kernel carries both over the same tile of values. The backward
+On a CPU the two maps are two calls of the attention there, of one query a single one that reads the values once; their difference and the
+norm are one pass. On a GPU one kernel carries both over the same tile of values. The backward
 keeps nothing but its inputs: with `G` the gradient of the difference, both maps share the product `G v^T`, and `dlam = -<G, A2 v>`.
 """
 
+import ctypes
 import math
 
 import torch
-from lmlab.kernels import Operation
+from lmlab.kernels import Operation, cpu
 from lmlab.kernels import attention as attention_
+from lmlab.kernels.attention import prepared
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -104,13 +107,43 @@ def reference_backward(grad, q, k, v, lam, weight, start, stop, scale, causal, l
     return tuple(None if t is None else t.to(o.dtype) for t, o in zip(made, given, strict=True))
 
 
+_P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+
+
+def _of_both(q, k, v, start, stop, scale, causal):
+    "b n h 2 e in float32, contiguous but for the order of its axes: the values as each map sees them"
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    start, stop = (None if t is None else t.to(torch.int64).contiguous() for t in (start, stop))
+    (b, h, n, _), e = q.shape, v.shape[-1]
+    rest = start, stop, scale, causal
+    if n == 1:  # values are read once for both maps
+        made = torch.empty(b, n, h, e)
+        runs = [prepared(q, k[:, ::2], v, made.transpose(1, 2), *rest, twin=k.stride(1))]
+        made = made.unflatten(2, (h // 2, 2))
+    else:
+        made = torch.empty(2, b, n, h // 2, e)
+        members = zip(_members(q), _members(k), made, strict=True)
+        runs = [prepared(x, y, v, o.transpose(1, 2), *rest) for x, y, o in members]
+        made = made.permute(1, 2, 3, 0, 4)
+    if any(run() for run in runs):
+        raise MemoryError(f"differential_attention: no memory to pack keys and values of {tuple(k.shape)}")
+    return made
+
+
 def on_cpu(q, k, v, lam, weight, start, stop, scale, causal, lambda_init, eps):
-    "As `reference`: two calls of the attention in C++"
-    o1, o2 = (
-        attention_.on_cpu(x, y, v, start, stop, scale, causal).float()
-        for x, y in zip(_members(q), _members(k), strict=True)
+    "As `reference`, in C++: two calls of the attention there, or one that reads the values once, and what follows in one pass"
+    made = _of_both(q, k, v, start, stop, scale, causal)
+    b, n, h, _, e = made.shape
+    out, factor = q.new_empty(b, n, h, e), 1.0 if lambda_init is None else 1 - lambda_init
+    weight = None if weight is None else weight.float().contiguous()
+    o1, o2 = (o.data_ptr() for o in made.unbind(3))
+    gain = None if weight is None else weight.data_ptr()
+    sizes = b * n * h, e, made.stride(2)
+    how = lambda_init is not None, q.dtype == torch.bfloat16, torch.get_num_threads()
+    cpu.symbol("lmlab_differential", None, *[_P] * 4, *[_L] * 3, *[_F] * 3, *[_I] * 3)(
+        o1, o2, gain, out.data_ptr(), *sizes, lam.item(), factor, eps, *how
     )
-    return _laid(_normed(o1 - lam * o2, weight, lambda_init, eps), q.dtype)
+    return out.transpose(1, 2)
 
 
 def on_triton(*args):
@@ -302,8 +335,11 @@ def _one_case(h, hk, n, m, d, dtype, backward, threads, rounds, budget):
     from lmlab.core.bench import cold, paired
 
     def make():
-        x = (torch.randn(1, heads, t, e) for heads, t, e in ((2 * h, n, d), (2 * hk, m, d), (hk, m, 2 * d)))
-        return [t.to(dtype).requires_grad_(backward) for t in x]
+        sizes = (n, 2 * h, d), (m, 2 * hk, d), (m, hk, 2 * d)
+        heads = (
+            torch.randn(1, *size).to(dtype).transpose(1, 2) for size in sizes
+        )  # as a layer hands them over
+        return [t.requires_grad_(backward) for t in heads]
 
     one, lam = make(), torch.tensor(0.6, requires_grad=backward)
     following = cold(make) if n == 1 else lambda: one  # a token finds nothing in the cache
@@ -311,7 +347,7 @@ def _one_case(h, hk, n, m, d, dtype, backward, threads, rounds, budget):
     if 1 < n < m:  # torch's `is_causal` would put the first query at the first key
         how |= dict(is_causal=False, attn_mask=torch.ones(n, m, dtype=torch.bool).tril(m - n))
     sdpa = lambda *x: F.scaled_dot_product_attention(*x, **how)
-    narrow = lambda v: v.unflatten(-1, (2, d)).transpose(2, 3).flatten(1, 2)  # 2 h_kv heads of width d
+    narrow = lambda v: v.mT.unflatten(2, (2, d)).flatten(1, 2).mT  # 2 h_kv heads of width d, where they stand
     forms = {
         "kernel": lambda q, k, v: differential_attention(q, k, v, lam, lambda_init=0.2),
         "two calls": lambda *x: _two_calls(attention_.attention, *x, lam, 0.2),

@@ -137,7 +137,9 @@ def _outputs(
     first, last = _bounds(start, stop, row, m)
     limit = _limits(at + tl.arange(0, M), last, n, m, CAUSAL)
     q, k, v = q + row * q_b + 2 * head * q_h, k + row * k_b + 2 * own * k_h, v + row * v_b + own * v_h
-    o1, o2, _, _ = _both(q, k, v, at, first, limit, n, m, d, e, scale, q_h, q_t, k_h, k_t, v_t, M, N, D, E, DOT)
+    o1, o2, _, _ = _both(
+        q, k, v, at, first, limit, n, m, d, e, scale, q_h, q_t, k_h, k_t, v_t, M, N, D, E, DOT
+    )
     o = o1 - tl.load(lam) * o2
     if NORM:
         r = tl.rsqrt(tl.sum(o * o, 1) / e + eps)
@@ -298,7 +300,12 @@ def _prepared(q, k, v, weight, start, stop, causal):
     weight, start, stop = (None if t is None else t.contiguous() for t in (weight, start, stop))
     (b, h, n, d), (hk, m, e) = q.shape, v.shape[1:]
     how = _tiles(q, n, m, e, causal)
-    return (q, k, v, weight, start, stop), (h // 2, hk, n, m, d, e), (triton.cdiv(n, how["M"]), b * h // 2), how
+    return (
+        (q, k, v, weight, start, stop),
+        (h // 2, hk, n, m, d, e),
+        (triton.cdiv(n, how["M"]), b * h // 2),
+        how,
+    )
 
 
 def forward(q, k, v, lam, weight, start, stop, scale, causal, lambda_init, eps):

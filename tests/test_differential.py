@@ -12,7 +12,7 @@ from lmlab.kernels import differential as D
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmlab.core.check import check_kernel, rel_error, test_rel
+from lmlab.core.check import check_kernel, math_threads, rel_error, test_rel
 
 test_rel.__test__ = False
 built = pytest.mark.skipif(cpu.library() is None, reason="the C++ library is not there")
@@ -192,12 +192,13 @@ def test_what_is_not_seen_reaches_nothing(how):
             assert not got[:, :, reached:].isfinite().all(-1).any()
 
 
-def test_subtraction_is_in_float32():
+@pytest.mark.parametrize("how", FORMS)
+def test_subtraction_is_in_float32(how):
     "Two maps that nearly cancel: in bfloat16 the loss is that of its inputs, not of a rounded difference"
     q, k, v, lam, _ = (t.float() for t in draw((1, 2, 2, 33, 33, 16), torch.bfloat16))
     k[:, 1::2], q[:, 1::2], lam = k[:, ::2], q[:, ::2], torch.tensor(0.999)
-    o = differential_attention(*(t.bfloat16() for t in (q, k, v)), lam, backend="reference")
-    test_rel(o, by_hand(q, k, v, lam), 4e-3)
+    o = differential_attention(*(t.bfloat16() for t in (q, k, v)), lam, backend=how)
+    test_rel(o, by_hand(q, k, v, lam), 8e-3)
 
 
 def test_operation_for_torch():
@@ -286,6 +287,22 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setattr(kernels, "_said", set())
     with pytest.warns(kernels.Fallback, match="differential_attention runs on the torch reference, because"):
         assert torch.equal(differential_attention(*x), want)
+
+
+@built
+def test_threads_change_no_bit_and_can_be_raced():
+    "For prompts and for tokens; and what the kernel is raced against computes the same"
+    for shape in ((1, 4, 2, 150, 200, 32), (2, 4, 1, 1, 700, 32)):
+        q, k, v, lam, _ = draw(shape, torch.bfloat16)
+        outs = []
+        for n in (1, 2, 3):
+            with math_threads(n):
+                outs.append(differential_attention(q, k, v, lam, lambda_init=0.2))
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+        test_rel(D._two_calls(attention.attention, q, k, v, lam, 0.2), outs[0].double(), 2e-2)
+    for n, m, backward in ((8, 8, True), (3, 9, False)):
+        timing, work = D._one_case(2, 1, n, m, 4, torch.float32, backward, 1, 1, 0.01)
+        assert next(iter(timing.seconds)) == "kernel" and work["bytes"] > 0 and work["flops"] > 0
 
 
 COMPILE = """
