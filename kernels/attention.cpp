@@ -24,7 +24,8 @@ struct Call {  // as the caller lays it out; the fields of `_Call` in attention.
     int64_t b, h, hk, n, m, d, dv;
     int64_t qs[3], ks[3], vs[3], os[3];  // strides in numbers of b, h, n; the last axis has stride 1
     float scale;
-    int32_t causal, half;             // the last query sees up to the last key; bf16 instead of float
+    int32_t causal, half, wide;       // the last query sees up to the last key; bf16 instead of float; out is float all the same
+    int64_t twin;                     // with one query: numbers from a key head to the one that odd query heads read, 0 for none
 
     // Weights are powers of two, and the largest score must have the largest weight: the sign of the scale goes to the queries.
     float factor() const { return scale == 0 ? 1.f : (scale < 0 ? -scale : scale) * 1.44269504088896341f; }

@@ -60,6 +60,10 @@ LMLAB_INLINE void write(bf16* p, V v, int64_t n) {  // to nearest, ties to even;
     H h = __builtin_convertvector(r, H);
     memcpy((void*)p, &h, n * 2);
 }
+template <class T> LMLAB_INLINE void put_out(const Call& a, int64_t at, V v, int64_t n) {
+    if (a.wide) write((float*)a.out + at, v, n);
+    else write((T*)a.out + at, v, n);
+}
 
 // Vectors whose lane l holds what stood across the lanes of x[l]: L horizontal sums (or maxima) for the price of little more than two.
 struct Add { LMLAB_INLINE V of(V a, V b) { return a + b; } };
@@ -390,9 +394,9 @@ template <class T> static void tile(const Call& a, int64_t b, int64_t head, int6
         for (int64_t r = 0; r < ROWS && g * ROWS + r < count; r++) {
             const int64_t i = row + g * ROWS + r;
             const float* from = out + (g * ROWS + r) * columns;
-            T* to = (T*)a.out + b * a.os[0] + (head * group + i % group) * a.os[1] + i / group * a.os[2];
+            const int64_t to = b * a.os[0] + (head * group + i % group) * a.os[1] + i / group * a.os[2];
             const bool seen = a.limit(b, i / group) > start;
-            for (int64_t e = 0; e < a.dv; e += L) write(to + e, seen ? vec(from + e) / sums[r] : V{}, a.dv - e < L ? a.dv - e : L);
+            for (int64_t e = 0; e < a.dv; e += L) put_out<T>(a, to + e, seen ? vec(from + e) / sums[r] : V{}, a.dv - e < L ? a.dv - e : L);
         }
     }
 }
@@ -448,7 +452,8 @@ template <int R, class T> LMLAB_INLINE void single_add(const T* p, const float* 
     }
 }
 
-template <int R, class T> LMLAB_INLINE void single_scores(const T* k, int64_t stride, int64_t n, int64_t d, const float* q, int64_t wide, float* scores) {
+// query r is at q + r wide, and its scores go to scores + r apart
+template <int R, class T> LMLAB_INLINE void single_scores(const T* k, int64_t stride, int64_t n, int64_t d, const float* q, int64_t wide, float* scores, int64_t apart) {
     for (int64_t j = 0; j < n; j += L) {
         V sums[R][L];
         for (int t = 0; t < L; t++) {
@@ -467,7 +472,7 @@ template <int R, class T> LMLAB_INLINE void single_scores(const T* k, int64_t st
             for (int r = 0; r < R; r++) sums[r][t] = x[r] + y[r];
         }
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) put(scores + r * BLOCK + j, across<Add>(sums[r]));
+        for (int r = 0; r < R; r++) put(scores + r * apart + j, across<Add>(sums[r]));
     }
 }
 
@@ -513,11 +518,15 @@ template <int R, int C, class T> LMLAB_INLINE void single_columns(const T* v, in
         for (int i = 0; i < 2 * N; i++) put(out + r * size + i * L, sum[r][i]);
 }
 
-// R query heads of one key head against up to BLOCK keys: the largest score, the sum of weights and the weighted values of each.
-// q: [R][wide]; part: [R][size]
-template <int R, class T> static void single(const T* k, int64_t ks, const T* v, int64_t vs, int64_t n, int64_t d, int64_t dv, const float* q, int64_t wide, float c, float* part, int64_t size) {
+// R query heads of one key head, or of it and its twin, against up to BLOCK keys: the largest score, the sum of weights and the weighted
+// values of each. q: [R][wide]; part: [R][size]
+template <int R, class T> static void single(const T* k, int64_t ks, int64_t twin, const T* v, int64_t vs, int64_t n, int64_t d, int64_t dv, const float* q, int64_t wide, float c, float* part, int64_t size) {
     alignas(64) float scores[R * BLOCK];
-    single_scores<R>(k, ks, n, d, q, wide, scores);
+    if (twin) {  // heads come in pairs then
+        constexpr int H = R > 1 ? R / 2 : 1;
+        single_scores<H>(k, ks, n, d, q, 2 * wide, scores, 2 * BLOCK);
+        single_scores<H>(k + twin, ks, n, d, q + wide, 2 * wide, scores + BLOCK, 2 * BLOCK);
+    } else single_scores<R>(k, ks, n, d, q, wide, scores, BLOCK);
     for (int r = 0; r < R; r++) {
         float* s = scores + r * BLOCK;
         for (int64_t j = n; j % (2 * L); j++) s[j] = -__builtin_inff();
@@ -575,7 +584,7 @@ template <class T> static void single_part(const Call& a, int64_t b, int64_t hea
     for (int64_t g = 0; g < group;) {
         const int64_t left = group - g;
         auto f = left >= 4 ? single<4, T> : left >= 2 ? single<2, T> : single<1, T>;
-        f(k, a.ks[2], v, a.vs[2], n, a.d, a.dv, q + g * wide, wide, c, part + g * size, size);
+        f(k, a.ks[2], a.twin, v, a.vs[2], n, a.d, a.dv, q + g * wide, wide, c, part + g * size, size);
         g += left >= 4 ? 4 : left >= 2 ? 2 : 1;
     }
 }
@@ -594,12 +603,12 @@ template <class T> static void single_join(const Call& a, int64_t b, int64_t hea
             total = fma(worth, all(p[1]), all(total))[0];
             for (int64_t e = 0; e + 2 < size; e += L) put(sum + e, i ? fma(worth, vec(p + 2 + e), vec(sum + e)) : worth * vec(sum + e));
         }
-        T* to = (T*)a.out + b * a.os[0] + (head * group + g) * a.os[1];
+        const int64_t to = b * a.os[0] + (head * group + g) * a.os[1];
         for (int64_t e = 0; e < a.dv; e += L) {
             const int64_t n = a.dv - e < L ? a.dv - e : L;
             float some[L] = {};
             for (int64_t l = 0; l < n && parts; l++) some[l] = sum[place((const T*)0, e + l)];
-            write(to + e, parts ? vec(some) / total : V{}, n);
+            put_out<T>(a, to + e, parts ? vec(some) / total : V{}, n);
         }
     }
 }

@@ -85,7 +85,8 @@ class _Call(ctypes.Structure):
     _fields_ = [(name, _P) for name in ("q", "k", "v", "out", "start", "stop")]
     _fields_ += [(name, _L) for name in ("b", "h", "hk", "n", "m", "d", "dv")]
     _fields_ += [(name, _L * 3) for name in ("qs", "ks", "vs", "os")]
-    _fields_ += [("scale", ctypes.c_float), ("causal", ctypes.c_int32), ("half", ctypes.c_int32)]
+    _fields_ += [("scale", ctypes.c_float), *((name, ctypes.c_int32) for name in ("causal", "half", "wide"))]
+    _fields_ += [("twin", _L)]
 
 
 def paths() -> list:  # best first; empty without the C++ library
@@ -97,20 +98,22 @@ def prepared(
     q: Tensor,  # b h n d      the last axis of each has stride 1
     k: Tensor,  # b h_kv m d
     v: Tensor,  # b h_kv m d_v
-    out: Tensor,  # b h n d_v  written
+    out: Tensor,  # b h n d_v  written; of the dtype of q, or float32
     start: Tensor = None,  # b  int64, contiguous, as is `stop`
     stop: Tensor = None,
     scale: float = 1.0,
     causal: bool = True,
     path: str = None,  # one of `paths()`; default: the best
     threads: int = None,  # default: torch's
+    twin: int = 0,  # with one query: numbers from a key head to the one that odd query heads read
 ):  # function without arguments; not 0 when it failed
     "The C++ call with everything looked up"
     tensors = q, k, v, out, start, stop
     pointers = (None if t is None else t.data_ptr() for t in tensors)
     strides = ((_L * 3)(*t.stride()[:3]) for t in (q, k, v, out))
     (b, h, n, d), (hk, m), dv = q.shape, k.shape[1:3], v.shape[-1]
-    call = _Call(*pointers, b, h, hk, n, m, d, dv, *strides, scale, causal, q.dtype == torch.bfloat16)
+    flags = causal, q.dtype == torch.bfloat16, out.dtype == torch.float32
+    call = _Call(*pointers, b, h, hk, n, m, d, dv, *strides, scale, *flags, twin)
     args = ctypes.addressof(call), threads or torch.get_num_threads(), path and path.encode()
     run, kept = cpu.symbol("lmlab_attention", _I, _P, _I, _S), (call, tensors)
     return lambda kept=kept: run(*args)

@@ -17,6 +17,7 @@ int64_t lmlab_peak(const char*, int64_t, int);
 const char* lmlab_sparse_paths();
 int lmlab_sparse_topk(const void*, const void*, void*, int64_t, int64_t, int, int64_t, int64_t, int, int, int);
 int lmlab_sparse_linear(const void*, int64_t, int64_t, int, int64_t, const void*, int, const char*);
+void lmlab_differential(const float*, const float*, const float*, void*, int64_t, int64_t, int64_t, float, float, float, int, int, int);
 void lmlab_decay_forward(const void*, const float*, void*, int64_t, int, int, int);
 void lmlab_decay_backward(const void*, const void*, const float*, void*, float*, int64_t, int, int, int);
 }
@@ -88,6 +89,28 @@ static void sparse(const std::string& level, int threads) {
                     }
 }
 
+static void differential(const std::string& level, int threads) {
+    static std::vector<Bytes> first;
+    static size_t at = 0;
+    static const std::string leader = level;
+    for (int half = 0; half < 2; half++)
+        for (int e : {0, 1, 2, 15, 16, 17, 64, 100})
+            for (int rows : {0, 1, 3, 700})
+                for (int form = 0; form < 3; form++) {  // no norm, a norm, a gain
+                    Bytes x = numbers(rows * 2 * e, 0, e + 1), weight = numbers(e, 0, 3), out((int64_t)rows * e * (half ? 2 : 4), 0xff);
+                    const float *a = (float*)x.data(), *gain = form == 2 ? (float*)weight.data() : nullptr;
+                    lmlab_differential(a, rows ? a + e : a, gain, out.data(), rows, e, 2 * e, 0.6f, 0.8f, 1e-5f, form > 0, half, threads);
+                    if (level == leader && threads == 1) first.push_back(out);
+                    else expect(first[at++ % first.size()] == out, "differential differs", level, rows, e);
+                    for (int i = 0; i < rows * e && !half && form == 0; i++) {
+                        float got;
+                        memcpy(&got, &out[4 * i], 4);
+                        const float* p = a + i / e * 2 * e + i % e;
+                        expect(std::fabs(got - (p[0] - 0.6f * p[e])) < 1e-5f, "differential", level, rows, e);
+                    }
+                }
+}
+
 int main() {
     std::vector<std::string> levels;
     std::istringstream all(lmlab_levels());
@@ -124,6 +147,7 @@ int main() {
                         }
                     }
             sparse(level, threads);
+            differential(level, threads);
             for (auto name : {"float32", "bfloat16", "int8", "nothing"}) lmlab_peak(name, 10, threads);
         }
     }

@@ -305,9 +305,9 @@ def kernel_calls(monkeypatch):
 
 def test_as_an_attention_of_transformers():
     A.register()
-    check_attention("lmlab", masks="bool")
+    check_attention("lmlab", masks="bool", value_dim=7, masked_nan=True)
     check_attention(
-        "lmlab", masks="additive", only=("attention_equals_its_definition", "attention_rows_are_independent")
+        "lmlab", masks="additive", only=("attention_equals_its_definition", "numbers_in_the_mask_are_added")
     )
 
 
@@ -482,7 +482,7 @@ DRIVER = r"""
 struct Call {
     const void *q, *k, *v; void* out; const int64_t *start, *stop;
     int64_t b, h, hk, n, m, d, dv, qs[3], ks[3], vs[3], os[3];
-    float scale; int32_t causal, half;
+    float scale; int32_t causal, half, wide; int64_t twin;
 };
 extern "C" const char* lmlab_attention_paths();
 extern "C" int lmlab_attention(const void*, int, const char*);
@@ -513,13 +513,14 @@ struct Exact {  // memory of just this size, so that one byte beyond it is notic
 
 static int wrong = 0;
 
-static void one(const std::string& path, int64_t b, int64_t h, int64_t hk, int64_t n, int64_t m, int64_t d, int64_t dv, int causal, int half, bool bounds, int threads) {
-    Exact q(b * h * n * d, half), k(b * hk * m * d, half), v(b * hk * m * dv, half), out(b * h * n * dv, half);
-    memset(out.p, 0xff, out.n * (half ? 2 : 4));
+static void one(const std::string& path, int64_t b, int64_t h, int64_t hk, int64_t n, int64_t m, int64_t d, int64_t dv, int causal, int half, bool bounds, int threads, int twins = 1) {
+    Exact q(b * h * n * d, half), k(b * hk * twins * m * d, half), v(b * hk * m * dv, half), out(b * h * n * dv, half && twins == 1);
+    memset(out.p, 0xff, out.n * (out.half ? 2 : 4));
     std::vector<int64_t> start(b), stop(b);
     for (int64_t r = 0; r < b; r++) start[r] = r * 3 - 1, stop[r] = m + 2 - 4 * r;  // beyond both ends too
     Call a = {q.p, k.p, v.p, out.p, bounds ? start.data() : nullptr, bounds ? stop.data() : nullptr, b, h, hk, n, m, d, dv,
-              {h * n * d, n * d, d}, {hk * m * d, m * d, d}, {m * hk * dv, dv, hk * dv}, {h * n * dv, dv, h * dv}, 0.5f, causal, half};
+              {h * n * d, n * d, d}, {hk * twins * m * d, twins * m * d, d}, {m * hk * dv, dv, hk * dv}, {h * n * dv, dv, h * dv}, 0.5f, causal, half,
+              twins > 1, twins > 1 ? m * d : 0};
     if (lmlab_attention(&a, threads, path.c_str())) { wrong++; return; }
     for (int64_t r = 0; r < b; r++) for (int64_t j = 0; j < h; j++) for (int64_t i = 0; i < n; i++) {
         int64_t from = bounds ? std::max<int64_t>(0, start[r]) : 0, to = causal ? m - n + i + 1 : m, g = j / (h / hk);
@@ -528,7 +529,7 @@ static void one(const std::string& path, int64_t b, int64_t h, int64_t hk, int64
         double top = -1e300, sum = 0;
         for (int64_t t = from; t < to; t++) {
             double s = 0;
-            for (int64_t e = 0; e < d; e++) s += q.at(((r * h + j) * n + i) * d + e) * k.at(((r * hk + g) * m + t) * d + e);
+            for (int64_t e = 0; e < d; e++) s += q.at(((r * h + j) * n + i) * d + e) * k.at((((r * hk + g) * twins + j % twins) * m + t) * d + e);
             w.push_back(s * 0.5);
             top = std::max(top, w.back());
         }
@@ -552,6 +553,8 @@ int main() {
                 one(path, 1, 2, 2, 1, 140, 20, 66, causal, half, true, 2);
                 one(path, 1, 1, 1, 100, 131, 9, 6, causal, half, false, 2);
                 one(path, 2, 5, 1, 1, 3, 5, 4, causal, half, true, 1);
+                one(path, 2, 4, 2, 1, 140, 20, 66, causal, half, true, 2, 2);  // odd queries read the twin of a key head
+                one(path, 1, 12, 2, 1, 9, 7, 14, causal, half, false, 1, 2);
             }
         one(path, 0, 1, 1, 1, 1, 1, 1, 1, 0, false, 1);
         one(path, 1, 1, 1, 0, 3, 2, 2, 1, 0, false, 1);
