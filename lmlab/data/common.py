@@ -35,10 +35,14 @@ __all__ = [
     "leaked",
     "score_piece",
     "score_stream",
+    "with_scores",
+    "contracts",
+    "grown",
 ]
 
-# %% ../../nbs/data/common.ipynb #d8bea2ae
+# %% ../../nbs/data/common.ipynb #74143bc6
 import base64
+import collections
 import hashlib
 import inspect
 import itertools
@@ -48,6 +52,7 @@ import math
 import os
 import re
 import time
+import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
@@ -61,7 +66,7 @@ from ..core.bench import torch_threads
 from ..core.fit import number, progress_bar, refuse, whole
 from ..core.ledger import nearest, write_bytes, write_json
 
-# %% ../../nbs/data/common.ipynb #33d101f6
+# %% ../../nbs/data/common.ipynb #7905a56c
 PHI = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -315,7 +320,7 @@ def select_random(
     return select(ds, lambda values: np.zeros(len(values)), text=text, **how)
 
 
-# %% ../../nbs/data/common.ipynb #cf8155a9
+# %% ../../nbs/data/common.ipynb #7bd734ac
 _P = np.uint64(0xD6E8FEB86659FD93)
 _P_INVERSE = np.uint64(pow(0xD6E8FEB86659FD93, -1, 2**64))
 _SPACE = re.compile(r"\s")
@@ -324,12 +329,9 @@ _SPACE = re.compile(r"\s")
 @lru_cache(1)
 def classes() -> np.ndarray:  # 1114112, uint8
     "What a code point is: 0 space, 1 part of a word, 2 anything else"
-    every = "".join(map(chr, range(0x110000)))
-    out = np.full(0x110000, 2, np.uint8)
-    for pattern, kind in ((r"\s+", 0), (r"\w+", 1)):
-        for m in re.finditer(pattern, every):
-            out[slice(*m.span())] = kind
-    return out
+    word = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}
+    kind = lambda c: 0 if c.isspace() else 1 if unicodedata.category(c) in word or c in "\u200c\u200d" else 2
+    return np.fromiter((kind(chr(i)) for i in range(0x110000)), np.uint8, 0x110000)
 
 
 @lru_cache(2)
@@ -395,7 +397,7 @@ def tokens(
     hashes, counts = [np.empty(0, np.uint64)], np.zeros(len(texts), np.int64)
     for first, stop in groups([piece for piece, _ in pieces], chars):
         some, owners = zip(*pieces[first:stop], strict=True)
-        h, before = _tokens("\n".join(some), np.cumsum([0, *(len(o) + 1 for o in some)]))
+        h, before = _tokens("\n".join(some) + "\n", np.cumsum([0, *(len(o) + 1 for o in some)]))
         hashes.append(h)
         np.add.at(counts, list(owners), np.diff(before))
     return np.concatenate(hashes), counts
@@ -428,7 +430,7 @@ def ngrams(
     return tuple(np.concatenate(o) for o in zip(*out, strict=True))
 
 
-# %% ../../nbs/data/common.ipynb #a315161f
+# %% ../../nbs/data/common.ipynb #33f13f72
 class DSIR:
     "The log importance weight of texts: how much more a target corpus would write them than the raw one"
 
@@ -862,3 +864,133 @@ def _score_missing(ds, text, rows, out, num_proc, quiet, score_batch, batch):
                 f"{chars / 1e6 / (time.perf_counter() - began):.1f} M characters/s", refresh=False
             )
     return seen if n is None else n
+
+
+# %% ../../nbs/data/common.ipynb #cc5d871c
+def with_scores(
+    ds,  # the Dataset or IterableDataset that was scored
+    scores,  # what `score_stream` returned
+    column: str = "score",  # name of the new column
+):  # the same kind, with the column
+    "The rows with their scores beside them"
+    from datasets import Features, IterableDataset, Value, concatenate_datasets
+
+    if column in (ds.column_names or ()):
+        refuse("column", repr(column), "a name that the dataset does not have yet")
+    if _length(ds) is not None:
+        if len(ds) != len(scores):
+            refuse("scores", f"{len(scores)} rows", f"the {len(ds)} of the dataset")
+        return concatenate_datasets([ds, scores.rename_column("score", column)], axis=1)
+    features = ds.features and Features({**ds.features, column: Value("float64")})
+    return IterableDataset.from_generator(
+        _beside, features=features, gen_kwargs=dict(ds=ds, scores=scores, column=column)
+    )
+
+
+def _beside(ds, scores, column):
+    for row, score in zip(ds, (v for b in scores.iter(4096) for v in b["score"]), strict=True):
+        yield row | {column: score}
+
+
+# %% ../../nbs/data/common.ipynb #8de258fc
+def contracts():
+    "What the shared checkers test"
+    import tempfile
+
+    from lmlab.core.check_data import odd_texts
+
+    def topk(ds, seed, **how):
+        return gumbel_topk(ds, "score", **(dict(ratio=0.4) | how), seed=seed)
+
+    def merge(parts, seed):
+        from datasets import concatenate_datasets
+
+        parts = [topk(p, seed, ratio=None, k=40, index="id") for p in parts]
+        return topk(concatenate_datasets(parts), seed, ratio=None, k=40, index="id")
+
+    def dsir(ds, seed, index=None):
+        return select_dsir(ds, odd_texts(40, seed=1), ratio=0.4, tau=20.0, seed=seed, index=index)
+
+    def lengths(texts):
+        return [len(t) for t in texts]
+
+    def scored(ds, seed, **how):
+        from datasets import Dataset
+
+        with tempfile.TemporaryDirectory() as out:
+            scores = score_stream(ds, lengths, out, quiet=True, **(dict(rows=4096) | how))
+            return with_scores(ds, Dataset.from_dict(scores.to_dict(), features=scores.features), "length")
+
+    def write(ds, seed, out):
+        score_stream(ds, lengths, out, rows=20, quiet=True)
+
+    def write_on_two(ds, seed, out):
+        score_stream(ds, lengths, out, rows=20, num_proc=2, quiet=True)
+
+    shares = (dict(index="id"), dict(ratio=None, k=40))
+    return [
+        ("data", "Gumbel-top-K", dict(function=topk, needs=("score",), options=shares, merge=merge)),
+        ("data", "random", dict(function=lambda ds, seed: select_random(ds, ratio=0.4, seed=seed))),
+        ("data", "n-gram importance", dict(function=dsir, options=(dict(index="id"),))),
+        (
+            "data",
+            "scores",
+            dict(
+                function=scored,
+                rows="same",
+                adds=("length",),
+                random=False,
+                write=write,
+                megabytes=64,
+                options=(dict(rows=20), dict(batch=7), dict(num_proc=2)),
+            ),
+        ),
+        (
+            "data",
+            "scores on two processes",
+            dict(
+                function=scored,
+                rows="same",
+                adds=("length",),
+                random=False,
+                write=write_on_two,
+                only=("killed_and_resumed_is_straight",),
+            ),
+        ),
+    ]
+
+
+# %% ../../nbs/data/common.ipynb #2aaf816b
+def grown(
+    size: float,  # bytes, about
+    seed: int = 0,
+):  # yields dict(text=…)
+    "As much text as is asked for, from what is installed: the library and the packages, with variations"
+    texts, words = _installed()
+    ends, rng = np.cumsum([len(t) for t in texts]), np.random.default_rng(whole("seed", seed, 0))
+    while size > 0:
+        at, length = rng.integers(ends[-1], size=1024), rng.integers(500, 6000, 1024)
+        doc, swap = np.searchsorted(ends, at, "right"), rng.integers(len(words), size=(1024, 2))
+        for a, n, i, (old, new) in zip(
+            at.tolist(), length.tolist(), doc.tolist(), swap.tolist(), strict=True
+        ):
+            text = texts[i]
+            start = max(0, min(a - int(ends[i]) + len(text), len(text) - n))
+            text = text[start : start + n].replace(words[old % 50], words[new])
+            yield dict(text=text)
+            size -= len(text)
+            if size <= 0:
+                return
+
+
+@lru_cache(1)
+def _installed():
+    "Texts of the library and of the modules at the top of each package, and their commonest words"
+    root, paths = corpora.python_files()
+    packages = Path(torch.__file__).parent.parent
+    paths = [*paths, *sorted(packages.glob("*/*.py"))][:4000]
+    texts = tuple(t for _, t in corpora.documents(list(map(str, paths)), "/") if len(t) > 500)
+    common = collections.Counter(w for t in texts[::10] for w in re.findall(r"[a-z]{3,}", t)).most_common(
+        1000
+    )
+    return texts, [w for w, _ in common]
