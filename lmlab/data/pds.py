@@ -27,9 +27,10 @@ __all__ = [
     "DataScorer",
     "select_pds",
     "contracts",
+    "gumbel_topk",
 ]
 
-# %% ../../nbs/data/pds.ipynb #5b316e3d
+# %% ../../nbs/data/pds.ipynb #69df4451
 import hashlib
 import json
 import math
@@ -59,7 +60,9 @@ from lmlab.core.fit import (
 
 from ..core.corpora import token_ids
 from ..core.ledger import write_json
-from .common import select
+from .common import gumbel_topk, select
+
+_all_ = ["gumbel_topk"]  # a user of this chapter wants it at hand
 
 
 # %% ../../nbs/data/pds.ipynb #a453df79
@@ -505,7 +508,7 @@ def mean_pool(
     return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# %% ../../nbs/data/pds.ipynb #83158205
+# %% ../../nbs/data/pds.ipynb #64922e17
 class DataScorer(nn.Module):
     "Predicts the score of a text: masked mean of the last hidden states, one linear layer"
 
@@ -545,11 +548,12 @@ class DataScorer(nn.Module):
         return [dict(input_ids=torch.as_tensor(o[: self.length])) for o in ids]
 
     @torch.no_grad()
-    def __call__(self, texts=None, batch_size: int = 32, **kw):
-        "A list of texts -> one float64 score each, whatever stands beside it; tensors by name -> `forward`"
-        if texts is None:
-            with torch.set_grad_enabled(self.training):
-                return super().__call__(**kw)
+    def score(
+        self,
+        texts: list,  # of str
+        batch_size: int = 32,  # another one may change the last bits
+    ) -> np.ndarray:  # one number each, float64
+        "The predicted score of each text, whatever stands beside it"
         rows, out, training = self.encode(list(texts)), np.zeros(len(texts)), self.training
         width = [min(self.length, max(8, 1 << (len(r["input_ids"]) - 1).bit_length())) for r in rows]
         device, empty = (
@@ -561,7 +565,7 @@ class DataScorer(nn.Module):
             same = [i for i, w in enumerate(width) if w == t]
             for some in (same[i : i + batch_size - 1] for i in range(0, len(same), batch_size - 1)):
                 batch = pad_rows([*(rows[i] for i in some), *[empty(t)] * (batch_size - len(some))])
-                got = super().__call__(**{k: v.to(device) for k, v in batch.items()})
+                got = self(**{k: v.to(device) for k, v in batch.items()})
                 out[some] = got[: len(some)].double().cpu().numpy()
         self.train(training)
         return out
@@ -574,7 +578,9 @@ class DataScorer(nn.Module):
         "For `datasets.map(scorer.score_batch, batched=True)`, streams too"
         if column not in rows:
             refuse("column", repr(column), f"a column of the data: {', '.join(rows)}")
-        return dict(pds_score=self(rows[column]).tolist())
+        if None in rows[column]:
+            refuse(column, f"None in row {rows[column].index(None)} of a batch", "a text in every row")
+        return dict(pds_score=self.score(rows[column]).tolist())
 
     def fit(
         self,
@@ -608,7 +614,7 @@ class DataScorer(nn.Module):
             return F.mse_loss(m(**{k: v for k, v in batch.items() if k != "target"}), batch["target"])
 
         def evaluate(m):
-            rho = spearman(torch.from_numpy(m([texts[i] for i in test])), target[test])
+            rho = spearman(torch.from_numpy(m.score([texts[i] for i in test])), target[test])
             if rho > best["spearman"]:
                 best.update(spearman=rho, state={k: v.detach().clone() for k, v in m.state_dict().items()})
             return dict(spearman=rho)
@@ -696,16 +702,16 @@ class DataScorer(nn.Module):
         )
 
 
-# %% ../../nbs/data/pds.ipynb #517573bb
+# %% ../../nbs/data/pds.ipynb #25227b96
 def select_pds(
     ds,  # a Dataset or an IterableDataset
-    scorer: Callable,  # list of texts -> scores, e.g. a fitted `DataScorer`
+    scorer: DataScorer,  # fitted
     *,
     tau: float = 0.1,  # temperature, in standard deviations of the scores; 0 takes the best
     **how,  # `ratio` or `k`, `seed`, `text`, `index`, as in `common.select`
 ):  # the same kind of dataset: the chosen rows in their old order
     "Draw documents by their predicted score"
-    return select(ds, scorer, tau=tau, **how)
+    return select(ds, scorer.score, tau=tau, **how)
 
 
 # %% ../../nbs/data/pds.ipynb #d36c8a39
