@@ -157,7 +157,7 @@ class Losses(nn.Module):
         return self.loss(self.model, batch)
 
 
-# %% ../../nbs/data/pds.ipynb #d23463dd
+# %% ../../nbs/data/pds.ipynb #663a43ce
 def refuse_random(
     model: nn.Module,  # any
 ):
@@ -166,7 +166,7 @@ def refuse_random(
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None):
             refuse(
                 "model",
-                f"batch normalisation in {name or 'the module'!r}, which ties examples together and updates buffers",
+                f"batch normalisation in {name or 'the module'!r}, which ties examples together and moves buffers",
                 "a model in evaluation mode: model.eval()",
             )
         rates = (
@@ -215,7 +215,7 @@ def differentiable(
             model.set_attn_implementation(old)
 
 
-# %% ../../nbs/data/pds.ipynb #ad3a1119
+# %% ../../nbs/data/pds.ipynb #8e0bd38b
 class PMPSolver:
     "Scores of examples from the co-state of a short training run (eq. 2 and 3)"
 
@@ -227,7 +227,7 @@ class PMPSolver:
         score_every: int = 10,  # score at every such step of the way back
         *,
         params: Callable
-        | str = None,  # which parameters are the state: name -> bool, or a regular expression; None: those that require grad
+        | str = None,  # the state: name -> bool, or a regular expression; None: what requires grad
         batch_size: int | None = 256,  # examples a step; None: all of them
         micro: int = 32,  # examples at a time, which changes memory, not the result
         segment: int = None,  # steps between kept states; None: the root of T
@@ -508,7 +508,7 @@ def mean_pool(
     return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# %% ../../nbs/data/pds.ipynb #64922e17
+# %% ../../nbs/data/pds.ipynb #d9e3268b
 class DataScorer(nn.Module):
     "Predicts the score of a text: masked mean of the last hidden states, one linear layer"
 
@@ -689,7 +689,7 @@ class DataScorer(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name: str,  # a folder written by `save`, or any encoder or decoder of transformers: a Hub id or a folder
+        name: str,  # a folder written by `save`, or any encoder or decoder: a Hub id or a folder
         **kw,  # `length`
     ):
         "A scorer, fitted where `name` holds one, else with a fresh head on a pre-trained body"
