@@ -508,7 +508,7 @@ def mean_pool(
     return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# %% ../../nbs/data/pds.ipynb #d9e3268b
+# %% ../../nbs/data/pds.ipynb #fa330caa
 class DataScorer(nn.Module):
     "Predicts the score of a text: masked mean of the last hidden states, one linear layer"
 
@@ -523,6 +523,9 @@ class DataScorer(nn.Module):
         self.backbone = backbone.get_encoder() if self.config.is_encoder_decoder else backbone
         self.tokenizer, self.length, self.spearman = tokenizer, whole("length", length), None
         self.head = nn.Linear(backbone.config.hidden_size, 1)
+        nn.init.normal_(
+            self.head.weight, std=self.config.hidden_size**-0.5, generator=torch.Generator().manual_seed(0)
+        )
         nn.init.zeros_(self.head.bias)
 
     def forward(
@@ -714,7 +717,7 @@ def select_pds(
     return select(ds, scorer.score, tau=tau, **how)
 
 
-# %% ../../nbs/data/pds.ipynb #d36c8a39
+# %% ../../nbs/data/pds.ipynb #0dbba2f0
 def contracts():
     "What the shared checkers test"
     import tempfile
@@ -726,7 +729,6 @@ def contracts():
         tokenizer(),
         32,
     )
-    nn.init.normal_(scorer.head.weight, generator=torch.Generator().manual_seed(0))
     folder = tempfile.TemporaryDirectory(prefix="lmlab-scorer-")
     scorer.eval().save(folder.name)
 
