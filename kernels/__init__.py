@@ -24,6 +24,7 @@ FAMILIES = (
     "attention",
     "decay",
     "decoder",
+    "differential",
     "read",
     "retention",
     "sparse",
@@ -31,6 +32,7 @@ FAMILIES = (
 )  # each is a module with its operations and a `bench()`
 _PUBLIC = {
     "decay_scores": "decay",
+    "differential_attention": "differential",
     "gated_retention": "retention",
     "read_bytes": "read",
     "topk_sparsify": "sparse",
