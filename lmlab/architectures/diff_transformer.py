@@ -30,7 +30,7 @@ __all__ = [
     "contracts",
 ]
 
-# %% ../../nbs/architectures/diff_transformer.ipynb #1c29be6f
+# %% ../../nbs/architectures/diff_transformer.ipynb #8a438a5a
 import math
 
 import torch
@@ -60,8 +60,10 @@ from lmlab.core.compat import (
     strict,
 )
 
+from ..kernels.differential import differential_attention
 
-# %% ../../nbs/architectures/diff_transformer.ipynb #6f4733e0
+
+# %% ../../nbs/architectures/diff_transformer.ipynb #44987a6c
 def check_pairs(
     q: Tensor,  # b h 2 n d
     k: Tensor,  # b h_kv 2 m d
@@ -74,7 +76,7 @@ def check_pairs(
         raise ValueError(
             f"q, k: shapes {tuple(q.shape)}, {tuple(k.shape)}; allowed is batch, heads, 2, tokens, width"
         )
-    (b, h, _, n, d), (hk, m) = q.shape, (k.shape[1], k.shape[3])
+    (b, h, _, _, d), (hk, m) = q.shape, (k.shape[1], k.shape[3])
     if not hk or h % hk or tuple(k.shape) != (b, hk, 2, m, d):
         raise ValueError(f"k: shape {tuple(k.shape)} for {h} heads of width {d}; its heads must divide {h}")
     if tuple(v.shape) != (b, hk, m, 2 * d):
@@ -334,7 +336,7 @@ class DiffTransformerConfig(StrictConfig):
         need(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even, to be rotated")
 
 
-# %% ../../nbs/architectures/diff_transformer.ipynb #70a90148
+# %% ../../nbs/architectures/diff_transformer.ipynb #5866f1a2
 WIDE = ("eager", "lmlab", "paged|eager")  # attentions that lose nothing when values are wider than keys
 
 
@@ -346,6 +348,9 @@ def rotate(
     "Turn neighbouring pairs of components"
     x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).flatten(-2)
+
+
+register_attention("lmlab_diff", sdpa_attention)  # what is called under a mask
 
 
 class DiffAttn(nn.Module):
@@ -392,6 +397,13 @@ class DiffAttn(nn.Module):
             k, v = past.update(k, v, self.layer_idx)
         q, k, lam, maps = q.unflatten(1, (-1, 2)), k.unflatten(1, (-1, 2)), self.lam(), None
         check_finite(lam)
+        norm = dict(lambda_init=self.lam.start, weight=self.gain, eps=self.config.rms_norm_eps)
+        if keep is None and mask is None and self.config._attn_implementation == "lmlab_diff":
+            pairs = q.flatten(1, 2), k.flatten(1, 2), v
+            o = differential_attention(
+                *pairs, lam, scale=self.scaling, **norm if self.config.head_norm else {}
+            )
+            return self.o_proj(o.transpose(1, 2).flatten(2)), None
         if keep is not None:
             maps = diff_maps(q, k, lam, keep, self.scaling)
             o = (maps @ v.repeat_interleave(self.num_key_value_groups, 1).to(maps.dtype)).transpose(1, 2)
@@ -399,7 +411,7 @@ class DiffAttn(nn.Module):
             halves = self.config._attn_implementation not in WIDE
             o = diff_calls(lambda *qkv: attend(self, *qkv, mask), q, k, v, lam, halves)
         if self.config.head_norm:
-            o = head_norm(o, self.lam.start, self.gain, self.config.rms_norm_eps)
+            o = head_norm(o, *norm.values())
         return self.o_proj(o.to(x.dtype).flatten(2)), maps
 
 
