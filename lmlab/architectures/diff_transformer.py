@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    "WIDE",
+    "NARROW",
     "check_pairs",
     "check_finite",
     "diff_maps",
@@ -336,8 +336,13 @@ class DiffTransformerConfig(StrictConfig):
         need(self.head_dim >= 2 and self.head_dim % 2 == 0, "head_dim", "must be even, to be rotated")
 
 
-# %% ../../nbs/architectures/diff_transformer.ipynb #5866f1a2
-WIDE = ("eager", "lmlab", "paged|eager")  # attentions that lose nothing when values are wider than keys
+# %% ../../nbs/architectures/diff_transformer.ipynb #e6f0e384
+NARROW = (
+    "sdpa",
+    "flash",
+    "kernels-community",
+    "lmlab_diff",
+)  # attentions that want values as wide as the keys
 
 
 def rotate(
@@ -408,7 +413,7 @@ class DiffAttn(nn.Module):
             maps = diff_maps(q, k, lam, keep, self.scaling)
             o = (maps @ v.repeat_interleave(self.num_key_value_groups, 1).to(maps.dtype)).transpose(1, 2)
         else:
-            halves = self.config._attn_implementation not in WIDE
+            halves = self.config._attn_implementation.startswith(NARROW)
             o = diff_calls(lambda *qkv: attend(self, *qkv, mask), q, k, v, lam, halves)
         if self.config.head_norm:
             o = head_norm(o, *norm.values())
