@@ -282,3 +282,82 @@ def differential_attention(
         attention_._bound(name, bound, q)
     scale = d**-0.5 if scale is None and d else float(scale or 0)
     return _forward(q, k, v, lam, weight, start, stop, scale, causal, lambda_init, eps, backend)
+
+
+# ---- measured
+
+
+def _two_calls(call, q, k, v, lam, lambda_init):
+    "The difference of two calls of an attention, then torch's norm: what the kernel has to beat"
+    o1, o2 = (call(x, y, v) for x, y in zip(_members(q), _members(k), strict=True))
+    o = o1.float() - lam * o2.float()
+    normed = torch.nn.functional.rms_norm(o, (o.shape[-1],), eps=1e-5) * (1 - lambda_init)
+    return normed.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _one_case(h, hk, n, m, d, dtype, backward, threads, rounds, budget):
+    "Race one shape of `h` pairs; (`Timing`, what must be moved and computed, and the ratios that count)"
+    import torch.nn.functional as F
+
+    from lmlab.core.bench import cold, paired
+
+    def make():
+        x = (torch.randn(1, heads, t, e) for heads, t, e in ((2 * h, n, d), (2 * hk, m, d), (hk, m, 2 * d)))
+        return [t.to(dtype).requires_grad_(backward) for t in x]
+
+    one, lam = make(), torch.tensor(0.6, requires_grad=backward)
+    following = cold(make) if n == 1 else lambda: one  # a token finds nothing in the cache
+    how = dict(is_causal=n > 1, enable_gqa=h != hk)
+    if 1 < n < m:  # torch's `is_causal` would put the first query at the first key
+        how |= dict(is_causal=False, attn_mask=torch.ones(n, m, dtype=torch.bool).tril(m - n))
+    sdpa = lambda *x: F.scaled_dot_product_attention(*x, **how)
+    narrow = lambda v: v.unflatten(-1, (2, d)).transpose(2, 3).flatten(1, 2)  # 2 h_kv heads of width d
+    forms = {
+        "kernel": lambda q, k, v: differential_attention(q, k, v, lam, lambda_init=0.2),
+        "two calls": lambda *x: _two_calls(attention_.attention, *x, lam, 0.2),
+        "two SDPA": lambda *x: _two_calls(sdpa, *x, lam, 0.2),
+        "attention of equal width": lambda q, k, v: attention_.attention(q, k, narrow(v)),
+        "SDPA of equal width": lambda q, k, v: sdpa(q, k, narrow(v)),
+    }
+
+    def run(f):
+        x = following()
+        if not backward:
+            with torch.no_grad():
+                return f(*x)
+        out = f(*x)
+        return torch.autograd.grad(out, [*x, lam], torch.ones_like(out), allow_unused=True)
+
+    timing = paired(
+        {k: lambda f=f: run(f) for k, f in forms.items()}, rounds=rounds, threads=threads, budget=budget
+    )
+    seen = sum(range(m - n + 1, m + 1))
+    flops = 2 * h * seen * (2 * 3 * d if not backward else 2 * 3 * d + 6 * d + 3 * 2 * d)
+    read, out = sum(t.nbytes for t in one), h * n * 2 * d * dtype.itemsize
+    work = {"bytes": read + out if not backward else 3 * read + 2 * out, "flops": flops}
+    work |= {f"time over {other}": timing.ratio("kernel", other) for other in list(forms)[1:]}
+    return timing, work
+
+
+def bench(
+    quick: bool = False,  # fewer cases and rounds
+) -> dict:  # name of the case -> (`Timing`, what was moved and computed, and the ratios that count)
+    "Prompts, a chunk, tokens and a training batch: against two calls of an attention, and against one of equal width and parameters"
+    f, h = torch.float32, torch.bfloat16
+    cases = [  # pairs, key pairs, queries, keys, width of a query
+        (4, 4, 512, 512, 64, f, False),
+        (4, 4, 2048, 2048, 64, h, False),
+        (8, 2, 2048, 2048, 64, h, False),
+        (4, 4, 64, 2048, 64, h, False),
+        (4, 4, 1, 2048, 64, h, False),
+        (8, 2, 1, 8192, 64, h, False),
+        (4, 4, 256, 256, 16, f, True),
+    ]
+    out, settings = {}, (5, 0.4) if quick else (21, 1.5)
+    for threads in sorted({1, torch.get_num_threads()}):
+        for *shape, dtype, backward in cases[::4] if quick else cases:
+            pairs, keys, n, m, d = shape
+            name = f"{str(dtype).removeprefix('torch.')}, {n} on {m} tokens, {pairs} pairs of {d} on {keys}"
+            name += f"{', forward + backward' * backward}, {threads} thread{'s' * (threads > 1)}"
+            out[name] = _one_case(*shape, dtype, backward, threads, *settings)
+    return out

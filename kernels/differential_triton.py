@@ -117,10 +117,10 @@ def _both(
 
 @triton.jit
 def _gain(weight, e, E: tl.constexpr):
-    j = tl.arange(0, E)
-    if weight is None:
-        return tl.full((E,), 1.0, tl.float32)
-    return tl.load(weight + j, mask=j < e, other=0.0).to(tl.float32)
+    gain, j = tl.full((E,), 1.0, tl.float32), tl.arange(0, E)
+    if weight is not None:
+        gain = tl.load(weight + j, mask=j < e, other=0.0).to(tl.float32)
+    return gain
 
 
 @triton.jit
@@ -276,13 +276,15 @@ LOG2E = 1.4426950408889634
 def _tiles(q, n, m, e, causal):
     """Queries and keys in a tile, padded widths, as keywords of a kernel
 
-    Two maps of 64 x 256 float32 sums are 128 registers of each of eight warps' threads; float32 operands need twice the room of bfloat16.
+    Two maps of 64 x 256 float32 sums are 128 registers of each thread of eight warps: there 32 keys at a time are what does not spill.
+    float32 operands need twice the room of bfloat16.
     """
     most = 64 if q.dtype == torch.bfloat16 else 32
+    keys = most if e <= 128 else 32
     size = lambda x, most=2**30: min(most, max(16, triton.next_power_of_2(x)))
     # the interpreter on the CPU would multiply the bits of bfloat16 numbers as integers; in float32 their products are exact
     half = q.dtype == torch.bfloat16 and q.device.type != "cpu"
-    tile = dict(M=size(n, most), N=size(m, most), D=size(q.shape[-1]), E=size(e), CAUSAL=causal)
+    tile = dict(M=size(n, most), N=size(m, keys), D=size(q.shape[-1]), E=size(e), CAUSAL=causal)
     return tile | dict(DOT=tl.bfloat16 if half else tl.float32, num_warps=8, num_stages=2)
 
 

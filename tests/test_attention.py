@@ -309,9 +309,9 @@ def kernel_calls(monkeypatch):
 
 def test_as_an_attention_of_transformers():
     A.register()
-    check_attention("lmlab", masks="bool")
+    check_attention("lmlab", masks="bool", value_dim=7, masked_nan=True)
     check_attention(
-        "lmlab", masks="additive", only=("attention_equals_its_definition", "attention_rows_are_independent")
+        "lmlab", masks="additive", only=("attention_equals_its_definition", "numbers_in_the_mask_are_added")
     )
 
 

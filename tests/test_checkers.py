@@ -738,6 +738,69 @@ class Stop(torch.autograd.Function):
         return g * 1.1
 
 
+class ContiguousOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g if g.is_contiguous() else g * 1.1
+
+
+def strict_keywords(module, q, k, v, mask, scaling=None, dropout=0.0):
+    return attend()(module, q, k, v, mask, scaling)
+
+
+def asks_for_its_layer(module, *args, **kw):
+    return attend(out=lambda o: o + module.layer_idx)(module, *args, **kw)
+
+
+def other_weights(module, *args, **kw):
+    out, w = attend()(module, *args, **kw)
+    return out, w.flip(-1)
+
+
+def drops_without_rescaling(module, q, k, v, mask, scaling=None, dropout=0.0, **kw):
+    return attend(out=lambda o: o * (torch.rand(o.shape) >= dropout))(module, q, k, v, mask, scaling)
+
+
+def leaves_a_scale(module, q, k, v, mask, scaling=None, dropout=0.0, **kw):
+    module.scaling = scaling * 1.5
+    return attend()(module, q, k, v, mask, scaling)
+
+
+def remembers(module, *args, **kw):
+    module.calls = getattr(module, "calls", 0) + 1
+    return attend(out=lambda o: o * module.calls)(module, *args, **kw)
+
+
+def draws_a_gain(module, *args, **kw):
+    if not hasattr(module, "gain"):
+        module.gain = torch.rand(())
+    return attend(out=lambda o: o * module.gain)(module, *args, **kw)
+
+
+def causal_by_itself(q, k, v, m, s):
+    n, far = m.shape[-2:], torch.finfo(q.dtype).min
+    return q, k, v, torch.zeros(n).masked_fill(~torch.ones(n).bool().tril(n[1] - n[0]), far), s
+
+
+def first_query_at_first_key(q, k, v, m, s):
+    return q, k, v, m.masked_fill(~torch.ones(m.shape[-2:]).bool().tril(), torch.finfo(q.dtype).min), s
+
+
+def named(fn, mask="eager"):
+    "Registered under the name of the function, with the masks of another attention"
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    name = f"lmlab_test_{len(AttentionInterface())}"
+    AttentionInterface.register(name, fn)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[mask])
+    return name
+
+
 def at(fn=None, **kw):
     return lambda **only: check_attention(fn or attend(), **{"dtypes": F32, **kw, **only})
 
@@ -756,6 +819,46 @@ ATTENTIONS = [
     (at(attend(writes_q)), "attention_inputs_stay"),
     (at(attend(breaks)), "attention_compiles_as_one_graph"),
     (at("lmlab_test_unmasked"), "attention_serves_a_stock_model"),
+    (
+        at(attend(lambda q, k, v, m, s: (q[..., :64], k[..., :64], v, m, s))),
+        "any_head_width_serves",
+    ),
+    (
+        at(attend(lambda q, k, v, m, s: (q, k, v[..., : k.shape[-1]], m, s)), value_dim=15),
+        "values_may_have_a_width_of_their_own",
+    ),
+    (
+        at(attend(lambda q, k, v, m, s: (q, k, v.bfloat16().to(v.dtype), m, s))),
+        "other_dtypes_are_served_or_refused",
+    ),
+    (
+        at(attend(lambda q, k, v, m, s: (q, k, v, m, s or 12**-0.5))),
+        "the_scale_left_out_is_that_of_the_width",
+    ),
+    (at(attend(first_query_at_first_key)), "pieces_equal_the_whole"),
+    (at(attend(out=lambda o: o + 0.01 * torch.get_num_threads())), "threads_leave_attention_alone"),
+    (at(masked_nan=True), "masked_keys_may_hold_nan"),
+    (at(attend(causal_by_itself)), "any_mask_is_obeyed"),
+    (
+        at(attend(lambda q, k, v, m, s: (q, k, v, m.masked_fill(m > -1e3, 0), s))),
+        "numbers_in_the_mask_are_added",
+    ),
+    (
+        at(named(attend(lambda q, k, v, m, s: (q, k, v, 0 if m is None else m.log(), s)), "sdpa")),
+        "masks_of_transformers_are_read",
+    ),
+    (at(attend(out=ContiguousOnly.apply)), "gradients_of_any_layout"),
+    (at(minus_infinity), "pads_neither_get_nor_spoil_gradients"),
+    (at(asks_for_its_layer), "any_module_may_call"),
+    (at(strict_keywords), "other_keywords_do_no_harm"),
+    (at(other_weights), "weights_given_are_those_used"),
+    (at(), "dropout_is_obeyed_or_refused"),  # it ignores dropout
+    (at(drops_without_rescaling), "dropout_is_obeyed_or_refused"),
+    (at(named(attend(lambda q, k, v, m, s: (q, Stop.apply(k), v, m, s)))), "a_training_step_equals_eager"),
+    (at(named(remembers)), "checkpointing_leaves_the_step_alone"),
+    (at(named(leaves_a_scale)), "switching_back_leaves_no_trace"),
+    (at(named(draws_a_gain)), "a_saved_model_comes_back"),
+    (at(named(other_weights)), "asked_for_weights_it_says_what_it_has"),
 ]
 
 
@@ -776,7 +879,11 @@ def test_a_broken_attention_is_caught(run, name):
 
 @pytest.mark.parametrize("name,masks", [("sdpa", "bool"), ("sdpa", "additive"), ("eager", "additive")])
 def test_a_healthy_attention_passes(name, masks):
-    assert not check_attention(name, masks=masks).of("n/a")
+    "Only what it does not promise is left out"
+    left = {r.check for r in check_attention(name, masks=masks, value_dim=7).of("n/a")}
+    want = {"masked_keys_may_hold_nan"}
+    want |= {"numbers_in_the_mask_are_added"} if masks == "bool" else set()
+    assert left == want | ({"the_scale_left_out_is_that_of_the_width"} if name == "eager" else set())
 
 
 def test_the_softmax_reference():

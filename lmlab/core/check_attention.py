@@ -5,14 +5,28 @@
 # %% auto #0
 __all__ = ["attention_kind", "SHAPES", "softmax_attention", "AttentionCase", "check_attention"]
 
-# %% ../../nbs/core/check_attention.ipynb #b8244a08
+# %% ../../nbs/core/check_attention.ipynb #0f0f82ec
 import copy
+import inspect
 import math
+import tempfile
 
 import torch
 from torch import Tensor
 
-from .check import Kind, NotApplicable, Report, compiled, poisoned_memory, test_rel, tolerance
+from lmlab.core.check import (
+    Kind,
+    NotApplicable,
+    Report,
+    compiled,
+    math_threads,
+    poisoned_memory,
+    quiet,
+    stir,
+    test_rel,
+    tolerance,
+)
+
 from .check_lm import check_causal_lm
 
 
@@ -30,7 +44,7 @@ def softmax_attention(
     return (w @ v).transpose(1, 2)
 
 
-# %% ../../nbs/core/check_attention.ipynb #b5b8c0e7
+# %% ../../nbs/core/check_attention.ipynb #9febaab9
 attention_kind = Kind(
     "attention", dtype=(torch.float32, torch.bfloat16), groups=(1, 3), layout=("packed", "strided")
 )
@@ -53,30 +67,32 @@ class AttentionCase:
         c = copy.copy(self)
         c.dtype, c.groups, c.layout = dtype, groups, layout
         c.heads = c.kv_heads * groups
-        c.module = torch.nn.Module()
-        c.module.num_key_value_groups, c.module.is_causal, c.module.layer_idx, c.module.config = (
-            groups,
-            True,
-            0,
-            self.config,
-        )
-        c.module.scaling = self.dim**-0.5
-        return c.module.eval() and c
+        c.module = c.plain_module()
+        c.module.layer_idx, c.module.config, c.module.scaling = 0, self.config, self.dim**-0.5
+        return c
 
-    def inputs(self, n, m, dtype=None, gain=1.0):
+    def plain_module(self, causal=True):
+        "A module with what an attention function may count on in every model"
+        module = torch.nn.Module()
+        module.num_key_value_groups, module.is_causal = self.groups, causal
+        return module.eval()
+
+    def with_width(self, dim):
+        "The same case with heads of another width"
+        c = copy.copy(self)
+        c.dim = dim
+        return c.at(self.dtype, self.groups, self.layout)
+
+    def inputs(self, n, m, dtype=None, gain=1.0, value_dim=None):
         "q, k, v of batch 5, strided or not"
 
-        def draw(h, t):
+        def draw(h, t, dim):
             if self.layout == "strided":  # as `view(b, n, h, d).transpose(1, 2)` of a wider projection
-                return (
-                    torch.randn(5, t, h, self.dim + 3)[..., 1 : self.dim + 1]
-                    .to(dtype or self.dtype)
-                    .transpose(1, 2)
-                )
-            return torch.randn(5, h, t, self.dim).to(dtype or self.dtype)
+                return torch.randn(5, t, h, dim + 3)[..., 1 : dim + 1].to(dtype or self.dtype).transpose(1, 2)
+            return torch.randn(5, h, t, dim).to(dtype or self.dtype)
 
-        q, k, v = draw(self.heads, n), draw(self.kv_heads, m), draw(self.kv_heads, m)
-        return q * gain, k, v
+        q, k = draw(self.heads, n, self.dim), draw(self.kv_heads, m, self.dim)
+        return q * gain, k, draw(self.kv_heads, m, value_dim or self.dim)
 
     def allowed(self, n, m, padded=True):
         "Causal, the last query at the last key; row i has i % 3 pads on the left, as far as a key is left"
@@ -91,25 +107,37 @@ class AttentionCase:
             return allowed
         return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
-    def run(self, q, k, v, allowed, scaling=None):
-        out, weights = self.fn(
-            self.module, q, k, v, self.mask(allowed, q.dtype), scaling=scaling or self.dim**-0.5, dropout=0.0
-        )
+    def call(self, q, k, v, mask, module=None, **kw):
+        "Output and weights; the output has the shape and dtype that a model goes on with"
+        kw = dict(scaling=self.dim**-0.5, dropout=0.0) | kw
+        out, weights = self.fn(module or self.module, q, k, v, mask, **kw)
         b, h, n, d = q.shape
         assert out.shape == (b, n, h, v.shape[-1]), (
             f"output {tuple(out.shape)}, want batch, queries, heads, width {(b, n, h, v.shape[-1])}"
         )
         assert out.dtype == q.dtype, f"output in {out.dtype} for inputs in {q.dtype}"
-        return out
+        return out, weights
+
+    def run(self, q, k, v, allowed, scaling=None):
+        return self.call(q, k, v, self.mask(allowed, q.dtype), scaling=scaling or self.dim**-0.5)[0]
 
     def want(self, q, k, v, allowed, scaling=None):
         return self.reference(*(o.double() for o in (q, k, v)), allowed, scaling or self.dim**-0.5)
+
+    def right(self, q, k, v, allowed):
+        "The error of a call, which must be below the tolerance"
+        return test_rel(self.run(q, k, v, allowed), self.want(q, k, v, allowed), self.tol)
 
     @property
     def tol(self):
         return tolerance(self.dtype, 1, self.slack)
 
+    @property
+    def softmax(self):
+        return self.reference is softmax_attention
 
+
+# %% ../../nbs/core/check_attention.ipynb #66fd8ae0
 def check_attention(
     attention,  # name of a registered attention, or a function with that interface
     *,
@@ -117,6 +145,9 @@ def check_attention(
     masks: str = "additive",  # the kind of mask it takes: additive | bool
     kv_heads: int = 2,
     dim: int = 12,  # width of a head
+    widths: tuple = (8, 48, 80, 128),  # other widths that it has to serve
+    value_dim: int | None = None,  # a width of values other than that of keys, if it serves such
+    masked_nan: bool = False,  # what stands at masked keys may be NaN
     config=None,  # seen by the function as `module.config`
     gradients: bool = True,
     label: str = "",
@@ -138,6 +169,9 @@ def check_attention(
         masks=masks,
         kv_heads=kv_heads,
         dim=dim,
+        widths=widths,
+        value_dim=value_dim,
+        masked_nan=masked_nan,
         config=config,
         gradients=gradients,
         slack=slack,
@@ -159,17 +193,254 @@ def _attention_named(name):
     return known[name]
 
 
+# %% ../../nbs/core/check_attention.ipynb #3f54c088
 @attention_kind("dtype", "groups", "layout")
 def _attention_equals_its_definition(c):
     "equal to the float64 reference at every shape, causal and padded, shared key heads, strided inputs"
-    worst = 0.0
-    for n, m in SHAPES:
-        q, k, v = c.inputs(n, m)
-        a = c.allowed(n, m)
-        worst = max(worst, test_rel(c.run(q, k, v, a), c.want(q, k, v, a), c.tol))
+    return max(c.right(*c.inputs(n, m), c.allowed(n, m)) for n, m in SHAPES)
+
+
+@attention_kind("dtype")
+def _any_head_width_serves(c):
+    "heads of 8 to 128 numbers, whether or not a power of two"
+    return max(c.with_width(d).right(*c.with_width(d).inputs(9, 17), c.allowed(9, 17)) for d in c.widths)
+
+
+@attention_kind("dtype", "groups", "layout")
+def _values_may_have_a_width_of_their_own(c):
+    "values wider or narrower than keys give outputs of their width"
+    if c.value_dim is None:
+        raise NotApplicable("declared for values as wide as the keys")
+    return max(c.right(*c.inputs(n, m, value_dim=c.value_dim), c.allowed(n, m)) for n, m in SHAPES)
+
+
+@attention_kind("groups")
+def _other_dtypes_are_served_or_refused(c):
+    "float16 and float64 give the definition's values, to the precision of float32 at most, or an error names them"
+    told, worst, a = [], 0.0, c.allowed(7, 7)
+    for dtype in (torch.float16, torch.float64):
+        x = c.inputs(7, 7, dtype)
+        try:
+            out = c.run(*x, a)
+        except (TypeError, ValueError, NotImplementedError) as e:
+            assert str(dtype)[6:] in str(e), f"{dtype} is refused without its name: {e}"
+            told.append(f"{dtype} is refused")
+            continue
+        tol = tolerance(torch.float16 if dtype == torch.float16 else torch.float32, 1, c.slack)
+        worst = max(worst, test_rel(out, c.want(*x, a), tol))
+    return "; ".join(told) or worst
+
+
+@attention_kind("dtype", "groups", "layout")
+def _large_scores_do_not_overflow(c):
+    "scores of several hundred give the definition's values"
+    q, k, v = c.inputs(7, 7, gain=100.0)
+    a = c.allowed(7, 7)
+    out, want = c.run(q, k, v, a), c.want(q, k, v, a)
+    assert out.isfinite().all(), f"{(~out.isfinite()).sum()} values are not finite"
+    if c.dtype == torch.float32:  # lower precision rounds such a score by more than one
+        return test_rel(out, want, 500 * c.tol)
+
+
+@attention_kind("dtype", "groups")
+def _the_scale_is_obeyed(c):
+    "another `scaling` gives the definition's values at that scale"
+    q, k, v = c.inputs(7, 7)
+    a = c.allowed(7, 7)
+    return max(test_rel(c.run(q, k, v, a, s), c.want(q, k, v, a, s), c.tol) for s in (0.1, 1.0))
+
+
+@attention_kind("groups")
+def _the_scale_left_out_is_that_of_the_width(c):
+    "`scaling` left out means one over the root of the width"
+    parameter = inspect.signature(c.fn).parameters.get("scaling")
+    if parameter is None or parameter.default is parameter.empty:
+        raise NotApplicable("it asks for `scaling`")
+    c, worst = c.with_width(2 * c.dim), 0.0
+    x, a = c.inputs(7, 7), c.allowed(7, 7)
+    for kw in ({}, dict(scaling=None)):
+        out = c.fn(c.module, *x, c.mask(a, c.dtype), dropout=0.0, **kw)[0]
+        worst = max(worst, test_rel(out, c.want(*x, a), c.tol))
     return worst
 
 
+@attention_kind("dtype", "groups", "layout")
+def _attention_rows_are_independent(c):
+    "each row of the batch gives what it gives alone"
+    q, k, v = c.inputs(7, 7)
+    a = c.allowed(7, 7)
+    out = c.run(q, k, v, a)
+    return max(
+        test_rel(c.run(q[i : i + 1], k[i : i + 1], v[i : i + 1], a[i : i + 1]), out[i : i + 1], c.tol)
+        for i in range(5)
+    )
+
+
+@attention_kind("dtype", "groups")
+def _pieces_equal_the_whole(c):
+    "a prompt in chunks onto a cache, then token by token, gives the rows of one call"
+    (q, k, v), a = c.inputs(13, 13), c.allowed(13, 13)
+    whole, ends = c.run(q, k, v, a), (0, 5, 6, 10, 11, 12, 13)
+    parts = (
+        c.run(q[:, :, i:j], k[:, :, :j], v[:, :, :j], a[:, :, i:j, :j])
+        for i, j in zip(ends, ends[1:], strict=False)
+    )
+    return test_rel(torch.cat(list(parts), 1), whole, c.tol)
+
+
+@attention_kind("dtype", "groups")
+def _threads_leave_attention_alone(c):
+    "one, two or three threads give the same values within rounding"
+    x, a, outs = c.inputs(70, 140), c.allowed(70, 140), []
+    for n in (1, 2, 3):
+        with math_threads(n):
+            outs.append(c.run(*x, a))
+    return max(test_rel(o, outs[0], c.tol) for o in outs)
+
+
+# %% ../../nbs/core/check_attention.ipynb #c1878b44
+@attention_kind("dtype", "groups", "layout")
+def _masked_keys_have_no_influence(c):
+    "what stands at masked keys and values changes no bit"
+    for n, m in SHAPES:
+        (q, k, v), a = c.inputs(n, m), c.allowed(n, m)
+        want, hidden = (
+            c.run(q, k, v, a),
+            ~a.any(2).expand(-1, c.kv_heads, -1),
+        )  # keys that no query may look at
+        k[hidden], v[hidden] = 50.0, 50.0  # in place: another layout may run another kernel
+        test_rel(c.run(q, k, v, a), want, 0)
+        k[:, :, -1], v[:, :, -1] = 50.0, 50.0  # the last key is seen by the last query only
+        leak = (c.run(q, k, v, a) - want)[:, :-1].abs().amax().item() if n > 1 else 0
+        assert leak == 0, f"{n}×{m}: a later key moved an earlier query by {leak:.3g}"
+
+
+@attention_kind("dtype", "groups", "layout")
+def _masked_keys_may_hold_nan(c):
+    "NaN at masked keys and values changes nothing but rounding"
+    if not c.masked_nan:
+        raise NotApplicable("not promised: 0 times NaN is NaN")
+    for n, m in SHAPES:
+        (q, k, v), a = c.inputs(n, m), c.allowed(n, m)
+        want, hidden = c.run(q, k, v, a), ~a.any(2).expand(-1, c.kv_heads, -1)
+        k[hidden], v[hidden] = math.nan, math.nan
+        test_rel(c.run(q, k, v, a), want, c.tol)
+
+
+@attention_kind("dtype", "groups", "layout")
+def _a_query_that_sees_nothing_is_finite(c):
+    "a fully masked query (a pad) gives finite numbers and leaves the others alone"
+    q, k, v = c.inputs(7, 7)
+    a = c.allowed(7, 7, padded=False).clone()
+    a[0, ..., :3] = False  # three pads: as keys unseen, as queries they see nothing
+    out = c.run(q, k, v, a)
+    assert out.isfinite().all(), f"{(~out.isfinite()).sum()} values are not finite"
+    return test_rel(out[0, 3:], c.want(q, k, v, a)[0, 3:], c.tol)
+
+
+def _masks(n, m):
+    "Name -> b 1 n m, of batch 5; every query sees a key"
+    i, j, rows = torch.arange(n)[:, None] + m - n, torch.arange(m), torch.arange(5)[:, None, None, None]
+    causal, same = (j <= i).expand(5, 1, n, m), i == j
+    document = lambda x: (x >= 3).int() + (x >= 5)
+    yield "a sliding window", causal & (j > i - 3)
+    yield "pads on the right", causal & ((j < m - rows) | (j == 0))
+    yield "a hole", causal & ((j != 2 + rows % 2) | same)
+    yield "documents side by side", causal & (document(i) == document(j))
+    yield "a prefix that sees itself", causal | (j < 4).expand_as(causal)
+    yield "both directions", torch.ones_like(causal)
+
+
+@attention_kind("dtype", "groups")
+def _any_mask_is_obeyed(c):
+    "windows, right pads, holes, documents side by side, prefixes, both directions: as the mask says"
+    worst = 0.0
+    for n, m in ((7, 7), (4, 9)):
+        for name, a in _masks(n, m):
+            try:
+                worst = max(worst, c.right(*c.inputs(n, m), a))
+            except AssertionError as e:
+                raise AssertionError(f"{name}, {n}×{m}: {e}") from None
+    return worst
+
+
+@attention_kind("dtype", "groups")
+def _numbers_in_the_mask_are_added(c):
+    "an additive mask may hold a bias, one for all heads or one for each"
+    if c.masks != "additive" or not c.softmax:
+        raise NotApplicable("for softmax with additive masks")
+    (q, k, v), a, worst = c.inputs(7, 7), c.allowed(7, 7), 0.0
+    for h in (1, c.heads):
+        bias = torch.randn(5, h, 7, 7)
+        got = c.call(q, k, v, c.mask(a, q.dtype) + bias.to(q.dtype).masked_fill(~a, 0))[0]
+        s = q.double() @ k.double().repeat_interleave(c.groups, 1).mT * c.dim**-0.5
+        w = (s + bias.to(q.dtype).double()).masked_fill(~a, -math.inf).softmax(-1)
+        want = (w @ v.double().repeat_interleave(c.groups, 1)).transpose(1, 2)
+        worst = max(worst, test_rel(got, want, c.tol))
+    return worst
+
+
+def _situations():
+    "What a model is in when it asks for a mask: queries, keys seen before, room of the cache, pads on which side, window"
+    for pads in (None, "left", "right"):
+        yield 7, 0, 0, pads, None
+    for n, seen in ((3, 8), (1, 8)):
+        for pads in (None, "left"):
+            yield n, seen, 0, pads, None
+    yield 5, 0, 9, None, None  # a prompt, into a cache of fixed size
+    yield 1, 5, 9, None, None
+    for n, seen in ((7, 0), (1, 8)):
+        yield n, seen, 0, None, 4
+
+
+def _mask_of_transformers(name, n, seen, room, pads, window, dtype):
+    "(the mask that a model with this attention makes, what it stands for)"
+    from transformers import DynamicCache, LlamaConfig, StaticCache
+    from transformers import masking_utils as masking
+
+    config = LlamaConfig(num_hidden_layers=1, num_key_value_heads=1, num_attention_heads=1, hidden_size=4)
+    config._attn_implementation, config.sliding_window = name, window
+    cache, keys = None, room or n + seen
+    if seen or room:
+        cache = StaticCache(config, max_cache_len=room) if room else DynamicCache()
+        if seen:
+            cache.update(torch.zeros(5, 1, seen, 4, dtype=dtype), torch.zeros(5, 1, seen, 4, dtype=dtype), 0)
+    keep = torch.ones(5, n + seen, dtype=torch.long)
+    for r in range(5 if pads else 0):
+        keep[r, slice(0, r % 3) if pads == "left" else slice(n + seen - r % 3, None)] = 0
+    make = masking.create_sliding_window_causal_mask if window else masking.create_causal_mask
+    given = make(config, torch.zeros(5, n, 4, dtype=dtype), keep if pads else None, cache, None)
+    i, j = torch.arange(n)[:, None] + seen, torch.arange(keys)
+    allowed = (j <= i) & (j > i - (window or keys + n))
+    kept = torch.nn.functional.pad(keep, (0, keys - n - seen)).bool()
+    return given, (allowed & kept[:, None, None]).expand(5, 1, n, keys)
+
+
+@attention_kind("dtype", "groups")
+def _masks_of_transformers_are_read(c):
+    "masks that models make mean the same to it: none, pads, a chunk, a token, a cache of fixed size, a window"
+    if c.name is None:
+        raise NotApplicable("transformers makes masks by the name of an attention")
+    worst = 0.0
+    for situation in _situations():
+        mask, a = _mask_of_transformers(c.name, *situation, c.dtype)
+        x = c.inputs(*a.shape[2:])
+        try:
+            got, sees = c.call(*x, mask)[0], a.any(-1)[:, 0]
+            assert got.isfinite().all(), f"{(~got.isfinite()).sum()} values are not finite"
+            worst = max(worst, test_rel(got[sees], c.want(*x, a)[sees], c.tol))
+        except AssertionError as e:
+            n, seen, room, pads, window = situation
+            where = (
+                f"{n} queries after {seen} keys"
+                + f" in room for {room}" * bool(room)
+                + f", window {window}" * bool(window)
+            )
+            raise AssertionError(f"{where}, pads {pads}: {e}") from None
+    return worst
+
+
+# %% ../../nbs/core/check_attention.ipynb #c823de19
 @attention_kind("dtype", "groups", "layout")
 def _attention_gradients_equal(c):
     "gradients of q, k and v are those of the reference"
@@ -192,75 +463,120 @@ def _attention_gradients_equal(c):
     return worst
 
 
-@attention_kind("dtype", "groups", "layout")
-def _masked_keys_have_no_influence(c):
-    "what stands at masked keys and values changes no bit"
-    for n, m in SHAPES:
-        (q, k, v), a = c.inputs(n, m), c.allowed(n, m)
-        want, hidden = (
-            c.run(q, k, v, a),
-            ~a.any(2).expand(-1, c.kv_heads, -1),
-        )  # keys that no query may look at
-        k[hidden], v[hidden] = 50.0, 50.0  # in place: another layout may run another kernel
-        test_rel(c.run(q, k, v, a), want, 0)
-        k[:, :, -1], v[:, :, -1] = 50.0, 50.0  # the last key is seen by the last query only
-        leak = (c.run(q, k, v, a) - want)[:, :-1].abs().amax().item() if n > 1 else 0
-        assert leak == 0, f"{n}×{m}: a later key moved an earlier query by {leak:.3g}"
-
-
-@attention_kind("dtype", "groups", "layout")
-def _a_query_that_sees_nothing_is_finite(c):
-    "a fully masked query (a pad) gives finite numbers and leaves the others alone"
-    q, k, v = c.inputs(7, 7)
-    a = c.allowed(7, 7, padded=False).clone()
-    a[0, ..., :3] = False  # three pads: as keys unseen, as queries they see nothing
-    out = c.run(q, k, v, a)
-    assert out.isfinite().all(), f"{(~out.isfinite()).sum()} values are not finite"
-    return test_rel(out[0, 3:], c.want(q, k, v, a)[0, 3:], c.tol)
-
-
-@attention_kind("dtype", "groups", "layout")
-def _large_scores_do_not_overflow(c):
-    "scores of several hundred give the definition's values"
-    q, k, v = c.inputs(7, 7, gain=100.0)
-    a = c.allowed(7, 7)
-    out, want = c.run(q, k, v, a), c.want(q, k, v, a)
-    assert out.isfinite().all(), f"{(~out.isfinite()).sum()} values are not finite"
-    if c.dtype == torch.float32:  # lower precision rounds such a score by more than one
-        return test_rel(out, want, 500 * c.tol)
+@attention_kind("dtype", "groups")
+def _gradients_of_any_layout(c):
+    "a gradient that comes expanded or strided, or is asked of some inputs only, is the same; its bits repeat"
+    if not c.gradients:
+        raise NotApplicable("declared without gradients")
+    x, a = [o.requires_grad_() for o in c.inputs(7, 7)], c.allowed(7, 7)
+    out = lambda: c.run(*x, a)
+    seed = torch.randn(5, 7, c.heads, 1).to(c.dtype).expand(-1, -1, -1, c.dim)  # as the backward of a sum
+    turned = seed.contiguous().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    want = torch.autograd.grad(out(), x, seed.contiguous())
+    for i, (g, w) in enumerate(zip(torch.autograd.grad(out(), x, seed.contiguous()), want, strict=True)):
+        assert torch.equal(g, w), f"{'qkv'[i]}: other bits at the second call"
+    worst = 0.0
+    for s in (seed, turned):
+        worst = max(
+            test_rel(g, w, c.tol) for g, w in zip(torch.autograd.grad(out(), x, s), want, strict=True)
+        )
+    for i in range(3):
+        alone = [o if j == i else o.detach() for j, o in enumerate(x)]
+        (g,) = torch.autograd.grad(c.run(*alone, a), x[i], seed)
+        worst = max(worst, test_rel(g, want[i], c.tol))
+    return worst
 
 
 @attention_kind("dtype", "groups")
-def _the_scale_is_obeyed(c):
-    "another `scaling` gives the definition's values at that scale"
-    q, k, v = c.inputs(7, 7)
-    a = c.allowed(7, 7)
-    return max(test_rel(c.run(q, k, v, a, s), c.want(q, k, v, a, s), c.tol) for s in (0.1, 1.0))
+def _pads_neither_get_nor_spoil_gradients(c):
+    "with the loss on real tokens, gradients are finite, and zero at pads"
+    if not c.gradients:
+        raise NotApplicable("declared without gradients")
+    x, a = [o.requires_grad_() for o in c.inputs(7, 7)], c.allowed(7, 7, padded=False).clone()
+    a[1, ..., :3] = a[2, ..., 4:] = False  # pads on the left, on the right
+    real = torch.ones(5, 7, 1, 1, dtype=torch.bool)
+    real[1, :3] = real[2, 4:] = False
+    loss = (c.run(*x, a).float().square() * real).sum()
+    for name, g in zip("qkv", torch.autograd.grad(loss, x), strict=True):
+        assert g.isfinite().all(), f"{name}: {(~g.isfinite()).sum()} gradients are not finite"
+        stray = g.transpose(1, 2)[~real[..., 0, 0]].abs().amax().item()
+        assert stray == 0, f"{name}: a pad gets a gradient of {stray:.3g}"
 
 
-@attention_kind("dtype", "groups", "layout")
-def _attention_rows_are_independent(c):
-    "each row of the batch gives what it gives alone"
-    q, k, v = c.inputs(7, 7)
-    a = c.allowed(7, 7)
-    out = c.run(q, k, v, a)
-    return max(
-        test_rel(c.run(q[i : i + 1], k[i : i + 1], v[i : i + 1], a[i : i + 1]), out[i : i + 1], c.tol)
-        for i in range(5)
-    )
-
-
+# %% ../../nbs/core/check_attention.ipynb #cfc25c5e
 @attention_kind("dtype", "groups", "layout")
 def _attention_inputs_stay(c):
     "q, k, v and the mask are left as they were; a second call gives the same bits, whatever fresh memory holds"
     q, k, v = c.inputs(7, 7)
     a, kept = c.allowed(7, 7), [o.clone() for o in (q, k, v)]
     mask = c.mask(a, q.dtype)
-    was, first = mask.clone(), c.fn(c.module, q, k, v, mask, scaling=c.dim**-0.5, dropout=0.0)[0].clone()
+    was, first = mask.clone(), c.call(q, k, v, mask)[0].clone()
     for name, o, w in zip(("q", "k", "v", "the mask"), (q, k, v, mask), (*kept, was), strict=True):
         assert torch.equal(o, w), f"{name} was changed"
     with poisoned_memory():
         return test_rel(c.run(q, k, v, a), first, 0)
+
+
+@attention_kind("groups")
+def _any_module_may_call(c):
+    "it asks no more of a module than `num_key_value_groups` and `is_causal`, and leaves it as it was"
+    if c.config is not None:
+        raise NotApplicable("declared to read the config of its module")
+    x, a, module = c.inputs(7, 7), c.allowed(7, 7), c.plain_module()
+    was = dict(vars(module))
+    got = c.call(*x, c.mask(a, c.dtype), module=module)[0]
+    assert vars(module) == was, (
+        f"it wrote {sorted(k for k in vars(module) if vars(module)[k] is not was.get(k))}"
+    )
+    return test_rel(got, c.run(*x, a), 0)
+
+
+@attention_kind("groups")
+def _other_keywords_do_no_harm(c):
+    "what models hand to every attention changes no bit: positions, cache, flags"
+    x, a = c.inputs(7, 7), c.allowed(7, 7)
+    position = torch.arange(7)
+    extra = dict(position_ids=position[None].expand(5, 7), cache_position=position, sliding_window=None)
+    extra |= dict(use_cache=True, output_attentions=False, output_hidden_states=False, return_dict=True)
+    return test_rel(c.call(*x, c.mask(a, c.dtype), **extra)[0], c.run(*x, a), 0)
+
+
+@attention_kind("dtype", "groups")
+def _weights_given_are_those_used(c):
+    "weights, where it gives any, are b h n m and zero at masked keys; of softmax, they mix the values to the output"
+    (q, k, v), a = c.inputs(7, 7), c.allowed(7, 7)
+    out, w = c.call(q, k, v, c.mask(a, c.dtype))
+    if w is None:
+        return "it gives none"
+    assert w.shape == (5, c.heads, 7, 7), f"weights {tuple(w.shape)}, want {(5, c.heads, 7, 7)}"
+    assert not w.masked_fill(a, 0).any(), "a masked key has a weight"
+    if c.softmax:
+        mix = w.double() @ v.double().repeat_interleave(c.groups, 1)
+        return test_rel(mix.transpose(1, 2).to(out.dtype), out, c.tol)
+
+
+@attention_kind("groups")
+def _dropout_is_obeyed_or_refused(c):
+    "dropout follows the generator and keeps the mean, or is refused; dropout of 0 is none, in training too"
+    x, a, draws, rate = c.inputs(7, 7), c.allowed(7, 7), 64, 0.3
+    mask, want = c.mask(a, c.dtype), c.run(*x, a)
+    c.module.train()
+    test_rel(c.call(*x, mask)[0], want, c.tol)
+    try:
+        torch.manual_seed(0)
+        first = c.call(*x, mask, dropout=rate)[0]
+    except (ValueError, NotImplementedError) as e:
+        assert "dropout" in str(e), f"refused without saying what: {e}"
+        return "dropout is refused"
+    torch.manual_seed(0)
+    test_rel(c.call(*x, mask, dropout=rate)[0], first, 0)
+    outs = torch.stack([c.call(*x, mask, dropout=rate)[0] for _ in range(draws)])
+    spread = (outs - want).flatten(1).norm(dim=1).square().mean().sqrt()
+    assert spread > 0.05 * want.norm(), "dropout changes nothing"
+    assert not torch.equal(outs[0], outs[1]), "every call drops the same weights"
+    off = (outs.mean(0) - want).norm() / (spread / draws**0.5)  # about 1 when the mean is right
+    assert off < 2, f"the mean of {draws} draws is {off:.1f} standard errors from the output without dropout"
+    return off.item()
 
 
 @attention_kind("groups")
@@ -272,9 +588,9 @@ def _attention_compiles_as_one_graph(c):
         return test_rel(fn(q, k, v, c.mask(a, q.dtype)), c.run(q, k, v, a), c.tol)
 
 
-@attention_kind("groups")
-def _attention_serves_a_stock_model(c):
-    "switched on in a stock Llama: no leak, pads unseen, cached decoding equals the whole call"
+# %% ../../nbs/core/check_attention.ipynb #f61380f8
+def _stock_config(c):
+    "A tiny Llama with the heads of this case; what the config of the case says of lmlab is in it"
     from transformers import LlamaConfig
 
     if c.name is None:
@@ -282,7 +598,7 @@ def _attention_serves_a_stock_model(c):
     extra = {
         k: v for k, v in (vars(c.config) if c.config is not None else {}).items() if k.startswith("lmlab")
     }
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=61,
         hidden_size=c.dim * c.heads,
         intermediate_size=52,
@@ -294,10 +610,116 @@ def _attention_serves_a_stock_model(c):
         eos_token_id=2,
         **extra,
     )
+
+
+def _stock(c, attention=None):
+    "(the model, tokens, their mask: pads on the left)"
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = stir(LlamaForCausalLM(_stock_config(c))).eval()
+    model.set_attn_implementation(attention or c.name)
+    mask = (torch.arange(9) >= torch.arange(4)[:, None]).long()
+    return model, torch.randint(3, 61, (4, 9)) * mask, mask
+
+
+def _step(model, ids, mask):
+    "Loss of a training step and all gradients in one vector"
+    model.zero_grad()
+    labels = ids.masked_fill(mask.cumsum(-1) < 2, -100)  # what predicts the first token of a row is a pad
+    loss = model(ids, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@attention_kind("groups")
+def _attention_serves_a_stock_model(c):
+    "switched on in a stock Llama: no leak, pads unseen, decoding equals the whole call, with and without a cache"
     names = (
         "no_token_sees_its_future",
+        "cache_filled_in_pieces",
         "cache_one_token_at_a_time",
         "pad_tokens_are_invisible",
         "left_pads_change_nothing",
+        "padded_prompts_generate_alike",
+        "greedy_with_and_without_cache",
     )
-    return len(check_causal_lm(config, attentions=(c.name,), dtypes=(torch.float32,), only=names).runs)
+    made = check_causal_lm(_stock_config(c), attentions=(c.name,), dtypes=(torch.float32,), only=names)
+    return len(made.runs)
+
+
+@attention_kind("groups")
+def _a_training_step_equals_eager(c):
+    "loss and every gradient of a padded batch are those of the model's own attention"
+    if not (c.softmax and c.gradients):
+        raise NotApplicable("for softmax with gradients")
+    got, want = (_step(*_stock(c, name)) for name in (None, "eager"))
+    tol = 4 * tolerance(torch.float32, 2, c.slack)  # backward after forward, loss after layers
+    return max(test_rel(g, w, tol) for g, w in zip(got, want, strict=True))
+
+
+@attention_kind("groups")
+def _checkpointing_leaves_the_step_alone(c):
+    "gradient checkpointing, which calls it twice, gives the same loss and gradients"
+    if not c.gradients:
+        raise NotApplicable("declared without gradients")
+    model, *batch = _stock(c)
+    model.train()
+    want = _step(model, *batch)
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    return max(test_rel(g, w, c.tol) for g, w in zip(_step(model, *batch), want, strict=True))
+
+
+@attention_kind("groups")
+def _switching_back_leaves_no_trace(c):
+    "set_attn_implementation takes effect at once; switched back, the model gives the bits it gave before"
+    model, ids, mask = _stock(c, "eager")
+    logits = lambda: model(ids, attention_mask=mask).logits[mask.bool()]
+    with torch.no_grad():
+        before, weights = logits(), {k: v.clone() for k, v in model.state_dict().items()}
+        model.set_attn_implementation(c.name)
+        assert model.config._attn_implementation == c.name, (
+            f"the config says {model.config._attn_implementation!r}, want {c.name!r}"
+        )
+        under = logits()
+        model.set_attn_implementation("eager")
+        test_rel(logits(), before, 0)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items()), "weights were changed"
+    if c.softmax:
+        return test_rel(under, before, 4 * tolerance(torch.float32, 2, c.slack))
+    assert not torch.equal(under, before), "the logits are those of the model's own attention"
+
+
+@attention_kind("groups")
+def _a_saved_model_comes_back(c):
+    "saved and loaded under its name, the model gives the same bits; loaded without, it is an ordinary Llama"
+    from transformers import AutoModelForCausalLM
+
+    model, ids, mask = _stock(c)
+    with tempfile.TemporaryDirectory() as folder, quiet(), torch.no_grad():
+        model.save_pretrained(folder)
+        load = lambda **kw: AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **kw).eval()
+        want, again = (m(ids, attention_mask=mask).logits for m in (model, load(attn_implementation=c.name)))
+        test_rel(again, want, 0)
+        plain = load()
+    assert plain.config._attn_implementation in ("sdpa", "eager"), plain.config._attn_implementation
+
+
+@attention_kind("groups")
+def _asked_for_weights_it_says_what_it_has(c):
+    "`output_attentions` gives weights b h n n that see no later token, or none, or an error; logits stay"
+    model, ids, mask = _stock(c)
+    with torch.no_grad(), quiet():
+        want = model(ids, attention_mask=mask).logits
+        try:
+            out = model(ids, attention_mask=mask, output_attentions=True)
+        except (ValueError, NotImplementedError) as e:
+            return f"an error: {str(e)[:60]}"
+    test_rel(out.logits[mask.bool()], want[mask.bool()], 4 * tolerance(torch.float32, 2, c.slack))
+    weights = [w for w in out.attentions or () if w is not None]
+    if not weights:
+        return "none are given"
+    for w in weights:
+        assert w.shape == (4, c.heads, 9, 9), f"weights {tuple(w.shape)}, want {(4, c.heads, 9, 9)}"
+        assert not w[:1].triu(1).any(), "a later token has a weight"  # the row without pads
+    return f"weights of {len(weights)} layers"
