@@ -595,7 +595,9 @@ def _generation_goes_on_from_its_cache(c):
     "the cache that generate returns serves the next turn"
     one = c.generate(3, use_cache=True, return_dict_in_generate=True)
     turn = torch.cat([one.sequences, c.tokens(c.batch, 2, seed=8)], 1)
-    mask = None if c.mask is None else torch.cat([c.mask, torch.ones(c.batch, 5, dtype=torch.long)], 1)
+    # without a mask `generate` takes every token that equals the pad token for padding, one it has just generated too
+    first = torch.ones_like(c.ids) if c.mask is None else c.mask
+    mask = torch.cat([first, torch.ones(c.batch, 5, dtype=torch.long)], 1)
     two = c.generate(3, ids=turn, mask=mask, past_key_values=one.past_key_values, use_cache=True)
     fresh = c.generate(3, ids=turn, mask=mask, use_cache=True)
     if c.dtype == torch.float32:

@@ -11,6 +11,7 @@ __all__ = [
     "causal_mask",
     "as_mask",
     "attend",
+    "register_attention",
     "StateLayer",
     "WindowLayer",
     "GrowingLayer",
@@ -35,12 +36,23 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    causal_mask_function,
+    create_causal_mask,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+)
 from transformers.utils.generic import can_return_tuple
 
 # %% ../../nbs/core/compat.ipynb #5ea0f35c
@@ -54,7 +66,14 @@ __all__ = [
     "causal_mask",
     "as_mask",
     "attend",
+    "sdpa_attention",
+    "register_attention",
+    "create_causal_mask",
+    "LlamaMLP",
+    "LlamaRMSNorm",
+    "LlamaRotaryEmbedding",
     "Cache",
+    "DynamicCache",
     "StateLayer",
     "WindowLayer",
     "GrowingLayer",
@@ -181,6 +200,17 @@ def attend(
     return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)(
         module, q, k, v, mask, scaling=module.scaling, dropout=dropout
     )[0]
+
+
+# %% ../../nbs/core/compat.ipynb #8dae98d5
+def register_attention(
+    name: str,  # as in `attn_implementation=name`
+    fn,  # (module, query, key, value, attention_mask, scaling, dropout, **kwargs) -> output b n h d, weights or None
+    mask: str = "sdpa",  # whose kind of mask it takes: "sdpa" for booleans, "eager" for additive ones
+):
+    "Make an attention function known to all models of the library; running it twice is fine"
+    AttentionInterface.register(name, fn)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[mask])
 
 
 # %% ../../nbs/core/compat.ipynb #67a0b3de
