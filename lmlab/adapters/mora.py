@@ -6,7 +6,7 @@
 __all__ = [
     "TYPES",
     "GROUPS",
-    "mora_type",
+    "type_name",
     "square_rank",
     "wrap_rows",
     "group_sizes",
@@ -21,17 +21,27 @@ __all__ = [
     "delta_weight",
     "mora_grad",
     "one_product",
+    "MoRA",
+    "MoraConfig",
+    "get_mora_model",
+    "merge_and_reset",
 ]
 
-# %% ../../nbs/adapters/mora.ipynb #286d5c88
+# %% ../../nbs/adapters/mora.ipynb #75c8153d
 import math
+import warnings
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-# %% ../../nbs/adapters/mora.ipynb #c90fc824
+from ..core.fit import refuse, whole
+from .common import AdapterConfig, Update, check_merge, get_adapted_model, layers
+
+# %% ../../nbs/adapters/mora.ipynb #4d1d3db7
 TYPES = {
     1: "sharing",
     2: "contiguous",
@@ -43,7 +53,7 @@ TYPES = {
 }  # the last two have no number: the paper's ablations
 
 
-def mora_type(
+def type_name(
     name: str | int,  # a name, or its number in the released code
 ) -> str:  # the name
     "The type of operators by name or number"
@@ -291,3 +301,89 @@ def one_product(
 ) -> Tensor:  # ... d_out
     "The adapted layer with the update added to the weight on the fly"
     return _OneProduct.apply(x, W_0, bias, M, kind)
+
+
+# %% ../../nbs/adapters/mora.ipynb #9006a4ca
+class MoRA(Update):
+    "`ΔW = f_dec M f_comp`"
+
+    def __init__(self, fan_in, fan_out, config, kind="Linear"):
+        super().__init__(fan_in, fan_out, config, kind)
+        self.mora_type, self.merged_for_good = config.mora_type, 0
+        r_hat = config.r_hat or square_rank(fan_in, fan_out, config.r, self.mora_type)
+        if r_hat > max(fan_in, fan_out):
+            warnings.warn(
+                f"r_hat: {r_hat} is larger than both sides of a {fan_out} x {fan_in} weight; full fine-tuning has fewer parameters",
+                stacklevel=2,
+            )
+        self.M = nn.Parameter(torch.zeros(r_hat, r_hat))
+
+    def delta(self):
+        return delta_weight(self.M, self.fan_in, self.fan_out, self.mora_type)
+
+    def forward(self, x):
+        return mora(x, self.M, self.fan_out, self.mora_type)
+
+    def extra_repr(self):
+        return f"{self.fan_in} -> {self.fan_out}, r_hat={len(self.M)}, {self.mora_type}"
+
+
+@dataclass(kw_only=True)
+class MoraConfig(AdapterConfig):
+    "Settings of MoRA"
+
+    mora_type: int | str = "rotation"  # a name or number of `TYPES`
+    r_hat: int | None = None  # side of the square; default: LoRA's parameters at `r` (eq. 3)
+
+    peft_type: ClassVar[str] = "MORA"
+    update: ClassVar[type] = MoRA
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.mora_type = type_name(self.mora_type)
+        if self.r_hat is not None:
+            whole("r_hat", self.r_hat)
+            if self.mora_type == "rotation" and self.r_hat % 2:
+                refuse("r_hat", repr(self.r_hat), "an even number, as rotation turns features in pairs")
+
+
+def get_mora_model(
+    model: nn.Module,  # changed in place
+    config: MoraConfig,
+    adapter: str = "default",  # its name
+) -> nn.Module:  # the same model
+    "A model with MoRA"
+    return get_adapted_model(model, config, adapter)
+
+
+# %% ../../nbs/adapters/mora.ipynb #a8bd3bf4
+@torch.no_grad()
+def merge_and_reset(
+    model: nn.Module,  # with MoRA, changed in place
+    mora_type: int | str | None = None,  # the type to go on with; default: the same
+    optimizer=None,  # whose moments of `M` are dropped
+):
+    "Merge for good and begin again at zero (eq. 6)"
+    found = {n: m for n, m in layers(model).items() if isinstance(m.acting(), MoRA)}
+    if not found:
+        raise ValueError(
+            "model: no MoRA update is acting; it has none, or is merged, or another adapter is active"
+        )
+    name = None if mora_type is None else type_name(mora_type)
+    for n, m in found.items():
+        if name == "rotation" and len(m.acting().M) % 2:
+            refuse(
+                "mora_type",
+                f"'rotation' at {n}, where r_hat is {len(m.acting().M)}",
+                "rotation on even sides",
+            )
+        check_merge(m, n)
+    for m in found.values():
+        update = m.acting()
+        m.weight.copy_(m.merged_weight())
+        update.M.zero_()
+        update.mora_type, update.merged_for_good = name or update.mora_type, update.merged_for_good + 1
+        if optimizer is not None:
+            optimizer.state.pop(update.M, None)
+    config = model.adapter_configs[model.active_adapter]
+    config.mora_type = name or config.mora_type
