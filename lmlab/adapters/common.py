@@ -44,6 +44,8 @@ __all__ = [
     "load_adapter",
     "AdapterMixin",
     "adapted_class",
+    "functions_of",
+    "contracts",
 ]
 
 # %% ../../nbs/adapters/common.ipynb #2ec996d4
@@ -63,7 +65,7 @@ from torch import Tensor, nn
 from ..core.fit import refuse, whole
 
 
-# %% ../../nbs/adapters/common.ipynb #9bf58cf3
+# %% ../../nbs/adapters/common.ipynb #ab2aab55
 class Update(nn.Module):
     "A parameter-light change of one weight; a method subclasses it"
 
@@ -78,6 +80,16 @@ class Update(nn.Module):
     ):
         super().__init__()
         self.fan_in, self.fan_out, self.kind = fan_in, fan_out, kind
+
+    @classmethod
+    def n_params(
+        cls,
+        fan_in: int,
+        fan_out: int,
+        config,
+    ) -> int:
+        "How many numbers it trains: the budget `r` in units of what a rank costs"
+        return config.r * (fan_in + fan_out)
 
     def delta(self) -> Tensor:  # out in
         "The change of the weight"
@@ -804,3 +816,46 @@ def adapted_class(
     return type(
         cls.__name__, (AdapterMixin, cls), dict(__module__=cls.__module__, __qualname__=cls.__qualname__)
     )
+
+
+# %% ../../nbs/adapters/common.ipynb #4bae1cd1
+def functions_of(
+    config_class: type,  # of a method
+):  # a namespace, as `check_adapter` wants it
+    "The functions of a method, by the names of the shared checker"
+    from types import SimpleNamespace
+
+    def wrap(model, **options):
+        return get_adapted_model(model, config_class(**options))
+
+    def add(model, name, **options):
+        return model.add_adapter(name, config_class(**options))
+
+    def count(fan_in, fan_out, **options):
+        return config_class.update.n_params(fan_in, fan_out, config_class(**options))
+
+    call = lambda name: lambda model, *args: getattr(model, name)(*args)
+    return SimpleNamespace(
+        wrap=wrap, add=add, count=count, merge=merge, unmerge=unmerge, save=save_adapter, load=load_adapter,
+        unload=call("merge_and_unload"), remove=call("unload"), delta=call("get_delta_weight"),
+        switch=call("set_adapter"), disabled=call("disable_adapter"), __name__=config_class.peft_type,
+    )  # fmt: skip
+
+
+def contracts():
+    "What the shared checkers test"
+    bad = (
+        dict(r=0),
+        dict(r=1.5),
+        dict(dropout=1.0),
+        dict(target_modules=["no_such"]),
+        dict(target_modules="k_proj"),
+    )
+    arguments = dict(
+        adapter_functions=functions_of(LoraConfig),
+        options=(dict(r=2), dict(r=5, alpha=15)),
+        layers=("Linear", "Conv1D", "Embedding", "Tied"),
+        dropout=dict(dropout=0.5),
+        bad=bad,
+    )
+    return [("adapter", "LoRA", arguments)]
