@@ -1,8 +1,10 @@
 """Every checker passes a healthy subject and catches, by name, a twin broken on purpose: one for each of its checks."""
 
+import contextlib
 import copy
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,21 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lmlab.adapters.common import (
+    METHODS,
+    Adapted,
+    LoRA,
+    LoraConfig,
+    adapter_tensors,
+    check_merge,
+    functions_of,
+    like_weight,
+    load_adapter,
+    modules_of,
+    read_adapter,
+    save_adapter,
+)
+from lmlab.adapters.common import layers as adapted_layers
 from lmlab.core import (
     check_adapter as adapters,
 )
@@ -66,6 +83,11 @@ from lmlab.core.check_attention import softmax_attention
 
 torch.set_num_threads(1)
 F32 = (torch.float32,)
+
+
+def broken(base, **methods):
+    "A class like `base` with other methods"
+    return type("Broken", (base,), methods)
 
 
 def caught(run, name):
@@ -968,184 +990,331 @@ def test_a_healthy_loader_passes(saved):
 
 # -- adapters --------------------------------------------------------------------------------------------------------
 
-
-class Adapted(nn.Module):
-    "A low-rank update beside a frozen linear layer"
-
-    def __init__(self, base, r):
-        super().__init__()
-        self.base, self.backup = base.requires_grad_(False), None
-        self.a = nn.Parameter(torch.randn(r, base.in_features).to(base.weight) * base.in_features**-0.5)
-        self.b = nn.Parameter(torch.zeros(base.out_features, r).to(base.weight))
-
-    def forward(self, x):
-        y = self.base(x)
-        return y if self.backup is not None else y + F.linear(F.linear(x, self.a), self.b)
+HEALTHY = functions_of(LoraConfig)
+RANKS = (dict(r=2), dict(r=3, alpha=6))
+BAD = (dict(target_modules=["no_such"]), dict(r=0))
 
 
-class Rank:
-    "The adapter under test; each method can be replaced by a broken one"
+def ad(functions=None, layers=("Linear",), **kw):
+    "A run of the checker on LoRA with some functions replaced"
+    subject = SimpleNamespace(**vars(HEALTHY) | (functions or {}))
+    settings = dict(dtypes=F32, bad=BAD, options=RANKS, layers=layers, dropout=dict(dropout=0.5)) | kw
+    return lambda **only: check_adapter(subject, **settings, **only)
 
-    layer = Adapted
 
-    def wrap(self, model, r=2, suffix="q_proj"):
-        names = [n for n, _ in model.named_modules() if n.endswith(suffix)]
-        if not names or not 0 < r <= model.config.hidden_size:
-            raise ValueError(f"cannot adapt {suffix!r} at rank {r}")
-        torch.manual_seed(0)
-        model.requires_grad_(False)
-        for n in names:
-            model.set_submodule(n, self.layer(model.get_submodule(n), r))
+def update(**methods):
+    "`wrap` and `load` with a LoRA whose update is broken"
+    config = type("BrokenConfig", (LoraConfig,), dict(update=type("Broken", (LoRA,), methods)))
+
+    def load(model, path):
+        was, METHODS["LORA"] = METHODS["LORA"], config
+        try:
+            return load_adapter(model, path)
+        finally:
+            METHODS["LORA"] = was
+
+    return vars(functions_of(config)) | dict(load=load)
+
+
+def layer(**methods):
+    "`wrap` whose adapted layers have broken methods"
+
+    def wrap(model, **options):
+        model = HEALTHY.wrap(model, **options)
+        for m in adapted_layers(model).values():
+            m.__class__ = type("BrokenLayer", (Adapted,), methods)
         return model
 
-    def layers(self, model):
-        return [(n, m) for n, m in model.named_modules() if isinstance(m, Adapted)]
-
-    @torch.no_grad()
-    def merge(self, model):
-        new = {m: m.base.weight + m.b @ m.a for _, m in self.layers(model) if m.backup is None}
-        if not all(w.isfinite().all() for w in new.values()):
-            raise ValueError("merging would write weights that are not finite")
-        for m, w in new.items():
-            m.backup = m.base.weight.clone()
-            m.base.weight.copy_(w)
-
-    @torch.no_grad()
-    def unmerge(self, model):
-        for _, m in self.layers(model):
-            if m.backup is not None:
-                m.base.weight.copy_(m.backup)
-                m.backup = None
-
-    def unload(self, model):
-        self.merge(model)
-        for n, m in self.layers(model):
-            model.set_submodule(n, m.base)
-        return model
-
-    def save(self, model, path):
-        save_file(
-            {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad},
-            path / "adapter.safetensors",
-        )
-
-    def load(self, model, path):
-        tensors = load_file(path / "adapter.safetensors")
-        model = self.wrap(
-            model, r=next(iter(tensors.values())).shape[0] if "a" in next(iter(tensors))[-1] else 2
-        )
-        model.load_state_dict(tensors, strict=False)
-        return model
+    return dict(wrap=wrap)
 
 
-def broken(base, **methods):
-    return type("Broken", (base,), methods)
+def starts_wide(self, fan_in, fan_out, config, kind="Linear"):
+    LoRA.__init__(self, fan_in, fan_out, config, kind)
+    nn.init.normal_(self.lora_B.weight)
 
 
-def starts_wide(self, base, r):
-    Adapted.__init__(self, base, r)
-    nn.init.normal_(self.b)
+def one_too_many(self, fan_in, fan_out, config, kind="Linear"):
+    LoRA.__init__(self, fan_in, fan_out, config, kind)
+    self.bias = nn.Parameter(torch.zeros(1))
 
 
-def trains_the_base(self, model, **kw):
-    model = Rank.wrap(self, model, **kw)
-    model.lm_head.weight.requires_grad_(True)
-    model.model.norm.weight.data = model.model.norm.weight.data  # frozen as it should be
-    return model
-
-
-def swaps_weights_in_forward(self, x):
-    with torch.no_grad():
-        self.base.weight.mul_(1.0 if not self.training else 0.999)
+def decays_the_base(self, x):
+    if self.training:
+        with torch.no_grad():
+            self.base_layer.weight.mul_(0.999)
     return Adapted.forward(self, x)
 
 
-def detached(self, x):
-    return (
-        self.base(x)
-        + F.linear(F.linear(x, self.a), self.b).detach() * 0.5
-        + 0.5 * F.linear(F.linear(x, self.a.detach()), self.b)
-    )
+def learns_by_half(self, x):
+    y = LoRA.forward(self, x)
+    return (y + y.detach()) / 2
+
+
+class OffInCheckpoints(Adapted):
+    "The update acts at the first call of a training step only"
+
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        y = Adapted.forward(self, x)
+        return y if self.calls == 1 else self.base_layer(x) + 0.5 * (y - self.base_layer(x))
+
+
+def forgets_when_recomputed(self, x):
+    return OffInCheckpoints.forward(self, x)
+
+
+def overflows_in_half(self, x):
+    y = LoRA.forward(self, x)
+    return y * torch.full((), torch.nan) if torch.is_autocast_enabled("cpu") else y
+
+
+def drops_always(self, x):
+    return self.base_layer(x) + self.acting()(F.dropout(x, self.dropouts[self.active].p, training=True))
+
+
+def scaled_delta(self):
+    return 1.1 * LoRA.delta(self)
+
+
+def reports_half(model, name):
+    return model.get_delta_weight(name) / 2
 
 
 @torch.no_grad()
-def merges_always(self, model):
-    for _, m in self.layers(model):
-        m.backup = m.base.weight.clone()
-        m.base.weight.add_(m.b @ m.a)
+def merges_again(model):
+    for m in adapted_layers(model).values():
+        w = m.merged_weight()
+        m.original = m.weight.clone()
+        m.weight.copy_(w)
 
 
 @torch.no_grad()
-def subtracts(self, model):
-    for _, m in self.layers(model):
-        m.base.weight.sub_(m.b @ m.a)
-        m.backup = None
+def merges_one_by_one(model):
+    for n, m in adapted_layers(model).items():
+        if m.acting() is not None:
+            check_merge(m, n)
+            w = m.merged_weight()
+            m.original = m.weight.clone()
+            m.weight.copy_(w)
 
 
-def unloads_unmerged(self, model):
-    for n, m in self.layers(model):
-        model.set_submodule(n, m.base)
+@torch.no_grad()
+def subtracts(model):
+    for m in adapted_layers(model).values():
+        m.original = None
+        m.weight.sub_(like_weight(m.updates[m.active].delta(), m.base_layer))
+
+
+@torch.no_grad()
+def unties(model):
+    model.merge_adapter()
+    model.lm_head.base_layer.weight = nn.Parameter(model.lm_head.base_layer.weight.clone())
+
+
+def unloads_unmerged(model):
+    return model.unload()
+
+
+def unloads_as_a_constant(model):
+    model = model.merge_and_unload()
+    model.register_forward_hook(lambda m, args, out: setattr(out, "logits", out.logits * 1.01))
     return model
 
 
-def saves_half(self, model, path):
-    save_file(
-        {n: p.detach().contiguous() for n, p in model.named_parameters() if n.endswith(".a")},
-        path / "adapter.safetensors",
+def removes_merged(model):
+    return model.merge_and_unload()
+
+
+@contextlib.contextmanager
+def disables_for_good(model):
+    with model.disable_adapter():
+        yield
+    model.set_adapter(None)
+
+
+def saves_rounded(model, path):
+    with torch.no_grad():
+        for m in adapted_layers(model).values():
+            for p in m.updates.parameters():
+                p.add_(0)
+    save_adapter(model, path)
+    tensors = load_file(path / "adapter_model.safetensors")
+    save_file({k: t.bfloat16().float() for k, t in tensors.items()}, path / "adapter_model.safetensors")
+
+
+def saves_the_base_too(model, path):
+    save_adapter(model, path)
+    save_file({"base": model.lm_head.weight.detach().clone()}, path / "base.safetensors")
+
+
+def loads_what_fits(model, path):
+    config, tensors = read_adapter(path)
+    model = (
+        model
+        if hasattr(model, "adapter_configs")
+        else HEALTHY.wrap(model, r=config.r, target_modules=config.target_modules)
     )
+    with torch.no_grad():
+        for k, t in adapter_tensors(modules_of(model, "default")).items():
+            t.flatten()[: tensors[k].numel()].copy_(tensors[k].flatten()[: t.numel()])
+    return model
 
 
-@torch.no_grad()
-def merges_anything(self, model):
-    for _, m in self.layers(model):
-        if m.backup is None:
-            m.backup = m.base.weight.clone()
-            m.base.weight.add_(m.b @ m.a)
+def adds_in_place(model, name, **options):
+    "The second adapter is the first under another name"
+    model.adapter_configs[name] = LoraConfig(**options)
+    for m in adapted_layers(model).values():
+        m.updates[name], m.dropouts[name] = m.updates["default"], m.dropouts["default"]
+    model.set_adapter(name)
+
+
+class Shared(Adapted):
+    "A layer whose copies share their updates"
+
+    def __deepcopy__(self, memo):
+        new = Adapted(copy.deepcopy(self.base_layer, memo))
+        new.updates, new.dropouts, new.active = self.updates, self.dropouts, self.active
+        return new
+
+
+def in_full_precision(self, x):
+    return Adapted.forward(self, x.to(self.base_layer.weight.dtype)).float()
+
+
+def coarse(model, **options):
+    model = HEALTHY.wrap(model, **options)
+    for m in adapted_layers(model).values():
+        m.base_layer.double()
+        m.forward = lambda x, m=m: Adapted.forward(m, x.double()).float()
+    return model
 
 
 def looks_at_the_length(self, x):
-    return self.base(x) + F.linear(F.linear(x, self.a), self.b) * x.shape[1]
+    return LoRA.forward(self, x) * x.shape[1]
 
 
-def wraps_nothing(self, model, r=2, suffix="q_proj"):
-    return Rank.wrap(self, model, r, suffix) if suffix == "q_proj" else model
+def breaks_the_graph(self, x):
+    torch._dynamo.graph_break()
+    return LoRA.forward(self, x)
 
 
-BAD = (dict(suffix="no_such"), dict(r=0))
+def freezes_first(model, **options):
+    model.requires_grad_(False)
+    return HEALTHY.wrap(model, **options)
 
 
-def ad(adapter, **kw):
-    return lambda **only: check_adapter(
-        adapter, **{"dtypes": F32, "bad": BAD, "options": ({}, dict(r=3)), **kw, **only}
-    )
-
-
-def layered(**methods):
-    return broken(Rank, layer=type("BrokenAdapted", (Adapted,), methods))()
-
-
+TIED = ("Tied",)
 ADAPTERS = [
-    (ad(layered(__init__=starts_wide)), "a_fresh_adapter_is_the_identity"),
-    (ad(layered(forward=swaps_weights_in_forward)), "only_the_adapter_trains"),
-    (ad(layered(forward=detached)), "every_adapter_weight_learns"),
-    (ad(broken(Rank, merge=merges_always)()), "merging_keeps_the_outputs"),
-    (ad(broken(Rank, unmerge=subtracts)()), "unmerging_restores_the_bits"),
-    (ad(broken(Rank, unload=unloads_unmerged)()), "unloading_leaves_a_plain_model"),
-    (ad(broken(Rank, save=saves_half)()), "a_saved_adapter_comes_back"),
-    (ad(broken(Rank, merge=merges_anything)()), "merging_nan_is_refused"),
-    (ad(layered(forward=looks_at_the_length)), "an_adapted_model_generates"),
-    (ad(broken(Rank, wrap=wraps_nothing)()), "bad_adapter_settings_are_refused"),
+    (ad(update(__init__=starts_wide)), "a_fresh_adapter_is_the_identity"),
+    (ad(update(__init__=one_too_many)), "the_parameter_count_is_as_promised"),
+    (ad(layer(forward=decays_the_base)), "only_the_adapter_trains"),
+    (ad(update(forward=learns_by_half)), "every_adapter_weight_learns"),
+    (ad(layer(forward=forgets_when_recomputed)), "checkpointing_gives_the_same_gradients"),
+    (ad(update(forward=overflows_in_half)), "a_step_under_autocast"),
+    (ad(layer(forward=drops_always)), "dropout_acts_only_in_training"),
+    (ad(update(delta=scaled_delta)), "merging_keeps_the_outputs"),
+    (ad(dict(delta=reports_half)), "merged_weights_are_base_plus_delta"),
+    (ad(dict(merge=merges_again)), "merging_twice_is_merging_once"),
+    (ad(dict(unmerge=subtracts)), "unmerging_restores_the_bits"),
+    (ad(dict(merge=merges_one_by_one)), "merging_nan_is_refused"),
+    (ad(dict(merge=unties), TIED), "tied_embeddings_stay_tied"),
+    (ad(dict(unload=unloads_unmerged)), "unloading_leaves_a_plain_model"),
+    (ad(dict(unload=unloads_as_a_constant)), "an_unloaded_model_saves_and_loads"),
+    (ad(dict(remove=removes_merged)), "removing_leaves_the_base"),
+    (ad(dict(disabled=disables_for_good)), "disabling_gives_the_base"),
+    (ad(dict(save=saves_rounded)), "a_saved_adapter_comes_back"),
+    (ad(dict(save=saves_the_base_too)), "the_file_holds_only_the_adapter"),
+    (ad(dict(load=loads_what_fits)), "another_shape_is_refused"),
+    (ad(dict(add=adds_in_place)), "two_adapters_do_not_interfere"),
+    (ad(layer(__deepcopy__=Shared.__deepcopy__)), "a_copy_is_independent"),
+    (ad(dict(wrap=coarse)), "the_dtype_follows_the_base"),
+    (ad(update(forward=looks_at_the_length)), "an_adapted_model_generates"),
+    (ad(update(forward=breaks_the_graph)), "compiles_as_one_graph"),
+    (ad(dict(wrap=freezes_first)), "bad_adapter_settings_are_refused"),
 ]
 
 
-@pytest.mark.parametrize("run,name", ADAPTERS)
+@pytest.mark.parametrize("run,name", ADAPTERS, ids=[name for _, name in ADAPTERS])
 def test_a_broken_adapter_is_caught(run, name):
     caught(run, name)
 
 
 def test_a_healthy_adapter_passes():
-    report = check_adapter(Rank(), options=({}, dict(r=3)), bad=BAD, label="low rank")
-    assert not report.of("n/a"), report
+    report = ad(layers=("Linear", "Conv1D", "Embedding", "Tied"), label="low rank")()
+    assert {r.note for r in report.of("n/a")} == {
+        "token ids cannot be dropped",
+        "the embeddings are not tied, or not adapted",
+    }, report
+
+
+class PeftLora:
+    "`peft`'s own LoRA by the checker's names; it unmerges by subtraction and merges layer by layer, so those two are not its"
+
+    @staticmethod
+    def config(r=2, alpha=8, dropout=0.0, target_modules=()):
+        import peft
+
+        return peft.LoraConfig(
+            r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules)
+        )
+
+    def wrap(self, model, **options):
+        import peft
+
+        return peft.get_peft_model(model, self.config(**options))
+
+    def merge(self, model):
+        model.merge_adapter(safe_merge=True)
+
+    def unload(self, model):
+        return model.merge_and_unload(safe_merge=True)
+
+    def delta(self, model, name):
+        return model.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
+
+    def save(self, model, path):
+        model.save_pretrained(path, save_embedding_layers=False)
+        (path / "README.md").unlink()
+
+    def load(self, model, path):
+        import peft
+
+        if isinstance(model, peft.PeftModel):
+            model.load_adapter(path, "default")
+            return model
+        return peft.PeftModel.from_pretrained(model, path)
+
+    def add(self, model, name, **options):
+        model.add_adapter(name, self.config(**options))
+        model.set_adapter(name)
+
+    def switch(self, model, name):
+        model.set_adapter(name)
+
+    def disabled(self, model):
+        return model.disable_adapter()
+
+    def count(self, fan_in, fan_out, r=2, alpha=8):
+        return r * (fan_in + fan_out)
+
+
+def test_the_lora_of_peft_passes():
+    pytest.importorskip("peft")
+    skip = {
+        "merging_nan_is_refused": "it looks at one layer at a time and has written the others",
+        "another_shape_is_refused": "it wraps the model before it looks at the file",
+        "bad_adapter_settings_are_refused": "it freezes the model before it looks for the targets",
+    }
+    layers = ("Linear", "Conv1D", "Embedding")
+    report = check_adapter(
+        PeftLora(), options=RANKS, layers=layers, dropout=dict(dropout=0.5), skip=skip, label="peft"
+    )
+    assert {r.check for r in report.of("n/a")} - skip.keys() == {
+        "unmerging_restores_the_bits",
+        "removing_leaves_the_base",
+        "dropout_acts_only_in_training",
+        "tied_embeddings_stay_tied",
+    }, report
 
 
 # -- compression -----------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ __all__ = [
     "Trained",
     "is_peft",
     "of_adapters",
+    "named_so",
+    "within",
     "targets",
     "saved_modules",
     "build_updates",
@@ -48,8 +50,9 @@ __all__ = [
     "contracts",
 ]
 
-# %% ../../nbs/adapters/common.ipynb #2ec996d4
+# %% ../../nbs/adapters/common.ipynb #aacb6938
 import contextlib
+import copy
 import json
 import math
 import re
@@ -62,7 +65,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.fit import refuse, whole
+from ..core.fit import number, refuse, whole
 
 
 # %% ../../nbs/adapters/common.ipynb #ab2aab55
@@ -117,7 +120,7 @@ class Update(nn.Module):
         return x @ self.delta()
 
 
-# %% ../../nbs/adapters/common.ipynb #6980d910
+# %% ../../nbs/adapters/common.ipynb #1e0ed696
 METHODS = {}  # peft_type -> config class
 
 
@@ -160,24 +163,26 @@ class AdapterConfig:
     ):  # a config of the method that the file names
         "The other way; a setting that is on and unknown here is refused, one that is off is passed over"
         d = dict(d)
-        cls = METHODS.get(d.pop("peft_type", None)) or refuse(
-            "peft_type", repr(d.get("peft_type")), ", ".join(METHODS)
-        )
+        method = d.pop("peft_type", None)
+        if method not in METHODS:
+            refuse("peft_type", repr(method), f"{', '.join(METHODS)}; import the module of the method first")
+        cls = METHODS[method]
         names = {cls.file_names.get(f.name, f.name): f.name for f in fields(cls)}
         mine = {names[k]: d.pop(k) for k in list(d) if k in names}
-        harmless = dict(
-            init_lora_weights=True, bias="none", inference_mode=True, peft_version=d.get("peft_version")
-        )
-        odd = {k: v for k, v in d.items() if v and k not in PASSED and harmless.get(k) != v}
+        usual = dict(init_lora_weights=True, bias="none")
+        odd = {k: v for k, v in d.items() if v and k not in PASSED and usual.get(k) != v}
         if odd:
             raise ValueError(f"adapter_config.json: {cls.__name__} does not know {odd}")
         return cls(**mine)
 
 
-PASSED = ("auto_mapping", "revision", "fan_in_fan_out")  # say nothing about the update itself
+PASSED = (
+    *("auto_mapping", "revision", "peft_version", "inference_mode", "fan_in_fan_out"),
+    *("megatron_core", "qalora_group_size"),
+)  # what `peft` writes and the update does not depend on
 
 
-# %% ../../nbs/adapters/common.ipynb #e6d07444
+# %% ../../nbs/adapters/common.ipynb #012c4549
 class LoRA(Update):
     "`ΔW = α/r · B A`"
 
@@ -222,6 +227,10 @@ class LoraConfig(AdapterConfig):
     "Settings of LoRA"
 
     alpha: float = 8  # ΔW is scaled by alpha / r
+
+    def __post_init__(self):
+        super().__post_init__()
+        number("alpha", self.alpha, 0, open_end=True)
 
     peft_type: ClassVar[str] = "LORA"
     update: ClassVar[type] = LoRA
@@ -353,7 +362,7 @@ class Trained(nn.Module):
         return self.current()(*args, **kwargs)
 
 
-# %% ../../nbs/adapters/common.ipynb #cbf170df
+# %% ../../nbs/adapters/common.ipynb #41f863a2
 def is_peft(module):
     "Is this a layer of `peft`'s?"
     return hasattr(type(module), "adapter_layer_names")
@@ -370,14 +379,29 @@ def of_adapters(model) -> set:
     return out
 
 
+def named_so(
+    name: str,  # of a module
+    ends: list | None,  # names or last parts of names
+) -> bool:
+    "Is the module meant by one of these?"
+    return any(name == t or name.endswith(f".{t}") for t in ends or ())
+
+
+def within(name, ends):
+    "The same for the module or one that it is a part of"
+    parts = name.split(".")
+    return any(named_so(".".join(parts[:i]), ends) for i in range(1, len(parts) + 1))
+
+
 def targets(
     model: nn.Module,
     config: AdapterConfig,
 ) -> dict:  # name -> layer, a layer of this page's included
     "The layers that a config asks for"
+    own = (Adapted, TiedHead, Trained)
     want, inside = (
         config.target_modules,
-        [n for n, m in model.named_modules() if is_peft(m) or isinstance(m, Adapted)],
+        [n for n, m in model.named_modules() if is_peft(m) or isinstance(m, own)],
     )
     named = {
         n: m
@@ -385,16 +409,19 @@ def targets(
         if n and not any(n.startswith(f"{o}.") for o in inside) and not is_peft(m)
     }
     bare = lambda m: m.base_layer if isinstance(m, (Adapted, TiedHead)) else m
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if want == "all-linear":
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         found = {n: m for n, m in named.items() if kind_of(bare(m)) in ("Linear", "Conv1D") and m is not head}
-        found = {n: m for n, m in found.items() if not isinstance(m, TiedHead)}
+        found = {
+            n: m
+            for n, m in found.items()
+            if not isinstance(m, TiedHead) and not within(n, config.modules_to_save)
+        }
     elif isinstance(want, str):
         found = {n: m for n, m in named.items() if re.fullmatch(want, n)}
     else:
-        hit = lambda n, t: n == t or n.endswith(f".{t}")
-        found = {n: m for n, m in named.items() if any(hit(n, t) for t in want)}
-        if lost := [t for t in want if not any(hit(n, t) for n in found)]:
+        found = {n: m for n, m in named.items() if named_so(n, want)}
+        if lost := [t for t in want if not any(named_so(n, [t]) for n in found)]:
             refuse(
                 "target_modules",
                 f"{lost}, which match nothing",
@@ -409,23 +436,31 @@ def targets(
             refuse("target_modules", f"{n}, a {type(bare(m)).__name__}", f"layers that are {allowed}")
         if kind == "Embedding" and type(bare(m)).forward is not nn.Embedding.forward:
             refuse("target_modules", f"{n}, a {type(m).__name__}", "embeddings that only look up their rows")
+        others = [
+            o
+            for o, other in named.items()
+            if other is not m and getattr(other, "weight", 0) is bare(m).weight
+        ]
+        if any(kind != "Embedding" or model.get_submodule(o) is not head for o in others):
+            refuse(
+                "target_modules",
+                f"{n}, whose weight is also {others[0]}'s",
+                "the embedding, where the head is tied to it",
+            )
     return found
 
 
-# %% ../../nbs/adapters/common.ipynb #f62fc33a
+# %% ../../nbs/adapters/common.ipynb #0faffff9
 def saved_modules(model, config) -> dict:  # name -> module
     "The modules that a config wants to train whole"
-    bare = lambda m: m.base_layer if isinstance(m, Trained) else m
-    hit = lambda n: any(n == t or n.endswith(f".{t}") for t in config.modules_to_save or ())
+    want = config.modules_to_save or ()
     inside = [n for n, m in model.named_modules() if isinstance(m, Trained)]
     found = {
-        n: bare(m)
+        n: m.base_layer if isinstance(m, Trained) else m
         for n, m in model.named_modules()
-        if hit(n) and not any(n.startswith(f"{o}.") for o in inside)
+        if named_so(n, want) and not any(n.startswith(f"{o}.") for o in inside)
     }
-    if lost := [
-        t for t in config.modules_to_save or () if not any(n == t or n.endswith(f".{t}") for n in found)
-    ]:
+    if lost := [t for t in want if not any(named_so(n, [t]) for n in found)]:
         refuse(
             "modules_to_save", f"{lost}, which match nothing", "names, or last parts, of the model's modules"
         )
@@ -448,16 +483,10 @@ def build_updates(
             w = layer.weight
             done[id(layer)] = config.update(*fans(layer), config, kind_of(layer)).to(w.device, full(w.dtype))
             updates[n] = done[id(layer)]
-    copies = {n: _copy(m) for n, m in saved_modules(model, config).items()}
+    copies = {n: copy.deepcopy(m).requires_grad_(True) for n, m in saved_modules(model, config).items()}
     if both := [n for n in updates if any(n == o or n.startswith(f"{o}.") for o in copies)]:
         refuse("modules_to_save", f"{both}, which target_modules adapts", "modules without targets")
     return updates, copies
-
-
-def _copy(module):
-    import copy
-
-    return copy.deepcopy(module).requires_grad_(True)
 
 
 def install(
@@ -474,9 +503,9 @@ def install(
     put = lambda old, new: [model.set_submodule(n, new) for n in names[id(old)]]
     others = of_adapters(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for p in model.parameters():
-        if id(p) not in others:
-            p.requires_grad_(False)
+    frozen = tuple(p for p in model.parameters() if id(p) not in others and p.requires_grad)
+    for p in frozen:
+        p.requires_grad_(False)
     for n, update in updates.items():
         m = model.get_submodule(n)
         if not isinstance(m, Adapted):
@@ -492,7 +521,7 @@ def install(
             m = new
         m.updates[name] = c
     if not isinstance(model, AdapterMixin):
-        model.adapter_configs = {}
+        model.adapter_configs, model.frozen_weights = {}, frozen  # these train again after unloading
         model.__class__ = adapted_class(type(model))
     model.adapter_configs[name] = config
     model.set_adapter(name)
@@ -548,7 +577,7 @@ def get_lora_model(
     return get_adapted_model(model, config, adapter)
 
 
-# %% ../../nbs/adapters/common.ipynb #17124a79
+# %% ../../nbs/adapters/common.ipynb #c052e84e
 def check_merge(
     layer: Adapted,
     name: str,  # for the message
@@ -611,12 +640,14 @@ def take_out(
             model.set_submodule(n, m.base_layer)
         elif isinstance(m, Trained):
             model.set_submodule(n, m.current() if keep_trained else m.base_layer)
-    del model.adapter_configs
+    for p in model.frozen_weights:
+        p.requires_grad_(True)
+    del model.adapter_configs, model.frozen_weights
     model.__class__ = type(model).__mro__[2]
     return model
 
 
-# %% ../../nbs/adapters/common.ipynb #013148dd
+# %% ../../nbs/adapters/common.ipynb #7f8c61dd
 CONFIG_FILE, WEIGHTS_FILE, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
@@ -710,6 +741,13 @@ def load_adapter(
 ) -> nn.Module:
     "Add a saved adapter to a model and make it the active one"
     config, tensors = read_adapter(path)
+    for k in [
+        k for k in tensors if k.endswith(".base_layer.weight")
+    ]:  # `peft` writes an adapted embedding's base too
+        name = k.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+        weight, mine = tensors.pop(k), model.get_submodule(name).weight
+        if weight.shape != mine.shape or not torch.equal(weight.to(mine), mine):
+            raise ValueError(f"adapter: was trained on another {name} than the model has")
     there = getattr(model, "adapter_configs", {}).get(adapter)
     if there is not None:
         same = lambda c: dict(c.to_dict(), base_model_name_or_path=None, task_type=None, inference_mode=None)
@@ -730,7 +768,7 @@ def load_adapter(
     return model
 
 
-# %% ../../nbs/adapters/common.ipynb #f26f7801
+# %% ../../nbs/adapters/common.ipynb #27fb153d
 class AdapterMixin:
     "What an adapted model can do beside what it could before; the names are `peft`'s"
 
@@ -799,7 +837,7 @@ class AdapterMixin:
         return take_out(self, keep_trained=True)
 
     def save_pretrained(self, path, adapter=None, state_dict=None, **kwargs):
-        "Write the active adapter; `merge_and_unload` first to write a whole model"
+        "Write the active adapter, whatever else a trainer passes; `merge_and_unload` first to write a whole model"
         save_adapter(self, path, adapter, state_dict)
 
     def get_nb_trainable_parameters(self):

@@ -31,7 +31,7 @@ from lmlab.core.check import (
 from .check_lm import LMCase
 
 
-# %% ../../nbs/core/check_adapter.ipynb #ebbb9d6b
+# %% ../../nbs/core/check_adapter.ipynb #a1412a36
 def tiny_gpt2():  # GPT2Config
     "A stock model whose layers are `Conv1D`: width 36, six heads, no dropout of its own"
     from transformers import GPT2Config
@@ -88,7 +88,7 @@ class AdapterCase(LMCase):
 
     def unchanged(self, model, was, why):
         now = dict(model.named_parameters())
-        odd = [k for k, w in was.items() if not same_bits(now[k], w)]
+        odd = [k for k, w in was.items() if k not in now or not same_bits(now[k], w)]
         assert not odd, f"{why}, but {odd[:4]} changed"
 
     def names(self, model=None):
@@ -172,7 +172,7 @@ def check_adapter(
         )
 
 
-# %% ../../nbs/core/check_adapter.ipynb #564d4d42
+# %% ../../nbs/core/check_adapter.ipynb #abd9241e
 @adapter(*ALL)
 def _a_fresh_adapter_is_the_identity(c):
     "wrapping changes no bit of the logits; moving the adapter does"
@@ -229,7 +229,10 @@ def _every_adapter_weight_learns(c):
         return None
     worst = 0.0
     for n, g in grads.items():
-        p, step = dict(model.named_parameters())[n], 3e-3 / g.norm().item()
+        p, size = dict(model.named_parameters())[n], g.norm().item()
+        step = (
+            1e-3 / (1 + size) / size
+        )  # short where the loss is steep, and curved; long where it would drown in rounding
         with torch.no_grad():
             p.add_(g, alpha=step)
             up = c.loss(model)
@@ -237,22 +240,30 @@ def _every_adapter_weight_learns(c):
             down = c.loss(model)
             p.add_(g, alpha=step)
         worst = max(worst, rel_error((up - down) / (2 * step), g.square().sum()))
-    assert worst < 0.03, f"a gradient is {worst:.3g} off the slope of the loss"
+    assert worst < 0.05, f"a gradient is {worst:.3g} off the slope of the loss"
     return worst
 
 
 @adapter(*ALL)
 def _checkpointing_gives_the_same_gradients(c):
     "gradient checkpointing recomputes and changes no gradient, in both of its forms"
-    want, worst = c.gradients(c.adapted()), 0.0
+
+    def counted(model):
+        calls = []
+        for m in model.modules():
+            m.register_forward_pre_hook(lambda *_: calls.append(1))
+        return c.gradients(model), len(calls)
+
+    want, once = counted(c.adapted())
+    worst = 0.0
     for reentrant in (False, True):
-        model, calls = c.adapted(), []
+        model = c.adapted()
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
-        for m in model.modules():
-            m.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        got = c.gradients(model)
-        assert len(calls) > 1.2 * sum(1 for _ in model.modules()), "nothing was recomputed"
+        got, calls = counted(model)
+        assert calls > once, (
+            f"nothing was recomputed: {calls} module calls with checkpointing, {once} without"
+        )
         lost = [n for n, g in got.items() if g is None]
         assert not lost, f"{lost[:4]} get no gradient under checkpointing (use_reentrant={reentrant})"
         worst = max(worst, *(test_rel(got[n], g, c.tol) for n, g in want.items()))
@@ -372,7 +383,7 @@ def _tied_embeddings_stay_tied(c):
         assert i.weight.data_ptr() == o.weight.data_ptr(), f"after {what} the head has a weight of its own"
 
 
-# %% ../../nbs/core/check_adapter.ipynb #851981fb
+# %% ../../nbs/core/check_adapter.ipynb #c0ad9769
 def plain(c, model):
     "Assert that a model has the base's module types, names and attributes of a stock model"
     base = c.base()
@@ -417,14 +428,14 @@ def _removing_leaves_the_base(c):
 
 @adapter(*ALL)
 def _disabling_gives_the_base(c):
-    "inside the context the logits are the base's to the bit, merged or not; after it they are the adapted ones"
+    "inside the context the logits are the base's to the bit, merged too where merging can be undone; after it they are the adapted ones"
     disabled, want = c.need("disabled"), c.out(c.base())
     model = c.adapted()
     got = c.out(model)
     with disabled(model):
         test_rel(c.out(model), want, 0)
     test_rel(c.out(model), got, 0)
-    if getattr(c.f, "merge", None):
+    if getattr(c.f, "unmerge", None):
         c.f.merge(model)
         got = c.out(model)
         with disabled(model):
