@@ -21,13 +21,20 @@ __all__ = [
     "delta_weight",
     "mora_grad",
     "one_product",
+    "side",
     "MoRA",
     "MoraConfig",
     "get_mora_model",
+    "OnTheFly",
+    "on_the_fly",
+    "MergedForGood",
+    "merged_class",
     "merge_and_reset",
+    "ReMoraCallback",
+    "contracts",
 ]
 
-# %% ../../nbs/adapters/mora.ipynb #75c8153d
+# %% ../../nbs/adapters/mora.ipynb #5df58a36
 import math
 import warnings
 from dataclasses import dataclass
@@ -37,9 +44,20 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from lmlab.adapters.common import (
+    Adapted,
+    AdapterConfig,
+    Update,
+    check_merge,
+    full,
+    functions_of,
+    get_adapted_model,
+    layers,
+)
 
 from ..core.fit import refuse, whole
-from .common import AdapterConfig, Update, check_merge, get_adapted_model, layers
 
 # %% ../../nbs/adapters/mora.ipynb #4d1d3db7
 TYPES = {
@@ -303,14 +321,23 @@ def one_product(
     return _OneProduct.apply(x, W_0, bias, M, kind)
 
 
-# %% ../../nbs/adapters/mora.ipynb #9006a4ca
+# %% ../../nbs/adapters/mora.ipynb #f5f9bea9
+def side(
+    fan_in: int,
+    fan_out: int,
+    config,  # a `MoraConfig`
+) -> int:  # r_hat
+    "Side of the square, as set or by eq. (3)"
+    return config.r_hat or square_rank(fan_in, fan_out, config.r, config.mora_type)
+
+
 class MoRA(Update):
     "`ΔW = f_dec M f_comp`"
 
     def __init__(self, fan_in, fan_out, config, kind="Linear"):
         super().__init__(fan_in, fan_out, config, kind)
-        self.mora_type, self.merged_for_good = config.mora_type, 0
-        r_hat = config.r_hat or square_rank(fan_in, fan_out, config.r, self.mora_type)
+        self.mora_type = config.mora_type
+        r_hat = side(fan_in, fan_out, config)
         if r_hat > max(fan_in, fan_out):
             warnings.warn(
                 f"r_hat: {r_hat} is larger than both sides of a {fan_out} x {fan_in} weight; full fine-tuning has fewer parameters",
@@ -320,6 +347,10 @@ class MoRA(Update):
 
     def delta(self):
         return delta_weight(self.M, self.fan_in, self.fan_out, self.mora_type)
+
+    @staticmethod
+    def n_params(fan_in, fan_out, config):
+        return side(fan_in, fan_out, config) ** 2
 
     def forward(self, x):
         return mora(x, self.M, self.fan_out, self.mora_type)
@@ -356,7 +387,56 @@ def get_mora_model(
     return get_adapted_model(model, config, adapter)
 
 
-# %% ../../nbs/adapters/mora.ipynb #a8bd3bf4
+# %% ../../nbs/adapters/mora.ipynb #b0b43307
+class OnTheFly(Adapted):
+    "An adapted layer that adds ΔW to the weight where the tokens are many"
+
+    def forward(self, x):
+        update, base = self.acting(), self.base_layer
+        many = x[..., 0].numel() > base.in_features
+        plain = x.dtype == base.weight.dtype == full(x.dtype) and not torch.is_autocast_enabled(x.device.type)
+        dropping = self.training and update is not None and self.dropouts[self.active].p > 0
+        if not (many and plain and isinstance(update, MoRA)) or dropping:
+            return super().forward(x)
+        return one_product(x, base.weight, base.bias, update.M, update.mora_type)
+
+
+def on_the_fly(
+    model: nn.Module,  # with MoRA, changed in place
+) -> nn.Module:  # the same model
+    "Use one product in every plain linear layer that has room for it"
+    for m in layers(model).values():
+        if type(m.base_layer).forward is nn.Linear.forward:
+            m.__class__ = OnTheFly
+    return model
+
+
+# %% ../../nbs/adapters/mora.ipynb #c48f7d33
+class MergedForGood:
+    "What an adapted model can no longer do once an update was merged for good"
+
+    def _refuse(self, *args, **kwargs):
+        raise ValueError(
+            "model: updates were merged for good, so the base is not what it was and an adapter file would not restore the model; use merge_and_unload"
+        )
+
+    unload = unmerge_adapter = disable_adapter = save_pretrained = _refuse
+
+    def merge_and_unload(self):
+        self.__class__ = type(self).__mro__[2]  # the adapted class, which knows its base
+        return self.merge_and_unload()
+
+
+@lru_cache(None)
+def merged_class(
+    cls: type,  # of an adapted model
+) -> type:
+    "The class of an adapted model that was merged for good, under the same name"
+    return type(
+        cls.__name__, (MergedForGood, cls), dict(__module__=cls.__module__, __qualname__=cls.__qualname__)
+    )
+
+
 @torch.no_grad()
 def merge_and_reset(
     model: nn.Module,  # with MoRA, changed in place
@@ -382,8 +462,78 @@ def merge_and_reset(
         update = m.acting()
         m.weight.copy_(m.merged_weight())
         update.M.zero_()
-        update.mora_type, update.merged_for_good = name or update.mora_type, update.merged_for_good + 1
+        update.mora_type = name or update.mora_type
         if optimizer is not None:
             optimizer.state.pop(update.M, None)
     config = model.adapter_configs[model.active_adapter]
     config.mora_type = name or config.mora_type
+    if not isinstance(model, MergedForGood):
+        model.__class__ = merged_class(type(model))
+
+
+# %% ../../nbs/adapters/mora.ipynb #75cbd791
+class ReMoraCallback(TrainerCallback):
+    "Merges and resets every so many steps, with a change of type and a short warm-up"
+
+    def __init__(
+        self,
+        every: int = 2000,  # T, in steps of the optimiser
+        types: tuple = (1, 2, 3, 4),  # of operators, in turn; the adapter begins with the first
+        warmup: int = 50,  # steps of a linear warm-up after each reset
+    ):
+        self.every, self.warmup = whole("every", every), whole("warmup", warmup, 0)
+        self.types = [type_name(t) for t in types] or refuse("types", "none", "at least one type")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.save_strategy != "no":
+            refuse(
+                "save_strategy",
+                repr(str(args.save_strategy)),
+                "'no': a checkpoint would hold M without the weights it was merged into",
+            )
+        first = model.adapter_configs[model.active_adapter].mora_type
+        if first != self.types[0]:
+            refuse(
+                "types",
+                f"{self.types} for an adapter of type {first!r}",
+                "types that begin with the adapter's",
+            )
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates, since = [g["lr"] for g in optimizer.param_groups], state.global_step % self.every
+        if state.global_step >= self.every and since < self.warmup:
+            for g in optimizer.param_groups:
+                g["lr"] *= (since + 1) / self.warmup
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for g, lr in zip(optimizer.param_groups, self.rates, strict=True):
+            g["lr"] = lr
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        cycle, inside = divmod(state.global_step, self.every)
+        if not inside and state.global_step < state.max_steps:
+            merge_and_reset(model, self.types[cycle % len(self.types)], optimizer)
+
+
+# %% ../../nbs/adapters/mora.ipynb #bc328e09
+def contracts():
+    "What is checked of this chapter, see `lmlab.core.check`"
+    of = lambda kind: dict(
+        adapter_functions=functions_of(MoraConfig),
+        layers=("Linear", "Conv1D") if kind == "rotation" else ("Linear",),
+        options=tuple(dict(r=r, mora_type=kind) for r in (1, 4)),
+        dropout=dict(dropout=0.5),
+        bad=(
+            dict(r=0),
+            dict(mora_type="rope"),
+            dict(r_hat=0),
+            dict(dropout=1.0),
+            dict(target_modules=["no_such"]),
+        ),
+    )
+    return [
+        ("adapter", "rotation", of("rotation")),
+        ("adapter", "sharing", of("sharing")),
+        ("adapter", "contiguous", of("contiguous")),
+        ("adapter", "decoupling", of("decoupling")),
+    ]
