@@ -1080,6 +1080,13 @@ def reports_half(model, name):
     return model.get_delta_weight(name) / 2
 
 
+def wakes(model, **options):
+    model = HEALTHY.wrap(model, **options)
+    for m in adapted_layers(model).values():
+        m.dropouts.train()
+    return model
+
+
 @torch.no_grad()
 def merges_again(model):
     for m in adapted_layers(model).values():
@@ -1215,6 +1222,7 @@ ADAPTERS = [
     (ad(update(delta=scaled_delta)), "merging_keeps_the_outputs"),
     (ad(dict(delta=reports_half)), "merged_weights_are_base_plus_delta"),
     (ad(dict(merge=merges_again)), "merging_twice_is_merging_once"),
+    (ad(dict(wrap=wakes)), "the_mode_follows_the_base"),
     (ad(dict(unmerge=subtracts)), "unmerging_restores_the_bits"),
     (ad(dict(merge=merges_one_by_one)), "merging_nan_is_refused"),
     (ad(dict(merge=unties), TIED), "tied_embeddings_stay_tied"),
@@ -1302,6 +1310,7 @@ def test_the_lora_of_peft_passes():
     pytest.importorskip("peft")
     skip = {
         "merging_nan_is_refused": "it looks at one layer at a time and has written the others",
+        "the_mode_follows_the_base": "its new modules are in training mode, whatever the model is in",
         "another_shape_is_refused": "it wraps the model before it looks at the file",
         "bad_adapter_settings_are_refused": "it freezes the model before it looks for the targets",
     }

@@ -25,6 +25,8 @@ __all__ = [
     "named_so",
     "within",
     "targets",
+    "AdapterMixin",
+    "adapted_class",
     "saved_modules",
     "build_updates",
     "install",
@@ -44,8 +46,8 @@ __all__ = [
     "read_adapter",
     "fill",
     "load_adapter",
-    "AdapterMixin",
-    "adapted_class",
+    "adapter_trainer",
+    "cost",
     "functions_of",
     "contracts",
 ]
@@ -450,7 +452,95 @@ def targets(
     return found
 
 
-# %% ../../nbs/adapters/common.ipynb #0faffff9
+# %% ../../nbs/adapters/common.ipynb #27fb153d
+class AdapterMixin:
+    "What an adapted model can do beside what it could before; the names are `peft`'s"
+
+    @property
+    def active_adapter(self):
+        return next((m.active for m in (*layers(self).values(), *trained(self).values())), None)
+
+    def add_adapter(self, name, config):
+        "A second adapter, on the same layers or on others; it becomes the active one"
+        self._unmerged("adding an adapter")
+        return _add(self, config, name)
+
+    def set_adapter(self, name):
+        "Choose the adapter that acts and trains; `None` for none"
+        self._unmerged("switching adapters")
+        if name is not None and name not in self.adapter_configs:
+            refuse("name", repr(name), ", ".join(self.adapter_configs))
+        for m in (*layers(self).values(), *trained(self).values()):
+            m.active = name
+            for k, update in m.updates.items():
+                update.requires_grad_(k == name)
+
+    def _unmerged(self, what):
+        if any(m.original is not None for m in layers(self).values()):
+            raise ValueError(f"model: is merged; unmerge before {what}")
+
+    @contextlib.contextmanager
+    def disable_adapter(self):
+        "Inside, the model is the base"
+        merged = any(m.original is not None for m in layers(self).values())
+        mods = (*layers(self).values(), *trained(self).values())
+        if merged:
+            unmerge(self)
+        was = [m.active for m in mods]
+        for m in mods:
+            m.active = None
+        try:
+            yield self
+        finally:
+            for m, name in zip(mods, was, strict=True):
+                m.active = name
+            if merged:
+                merge(self)
+
+    def get_delta_weight(self, name, adapter=None):
+        "The change of a layer's weight, in the layout of that weight"
+        layer = self.get_submodule(name)
+        if not isinstance(layer, Adapted):
+            refuse("name", name, f"an adapted layer, such as {next(iter(layers(self)))}")
+        return like_weight(layer.updates[adapter or self.active_adapter].delta(), layer.base_layer)
+
+    def merge_adapter(self):
+        merge(self)
+
+    def unmerge_adapter(self):
+        unmerge(self)
+
+    def unload(self):
+        "The base model as it was"
+        unmerge(self)
+        return take_out(self, keep_trained=False)
+
+    def merge_and_unload(self):
+        "A plain model that gives the adapted outputs"
+        merge(self, keep=False)
+        return take_out(self, keep_trained=True)
+
+    def save_pretrained(self, path, adapter=None, state_dict=None, **kwargs):
+        "Write the active adapter, whatever else a trainer passes; `merge_and_unload` first to write a whole model"
+        save_adapter(self, path, adapter, state_dict)
+
+    def get_nb_trainable_parameters(self):
+        "Trainable and all parameters"
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
+
+
+@lru_cache(None)
+def adapted_class(
+    cls: type,  # of a model
+) -> type:
+    "The class with the methods of an adapted model, under the same name"
+    return type(
+        cls.__name__, (AdapterMixin, cls), dict(__module__=cls.__module__, __qualname__=cls.__qualname__)
+    )
+
+
+# %% ../../nbs/adapters/common.ipynb #fb94a3cf
 def saved_modules(model, config) -> dict:  # name -> module
     "The modules that a config wants to train whole"
     want = config.modules_to_save or ()
@@ -511,14 +601,15 @@ def install(
         if not isinstance(m, Adapted):
             put(m, new := Adapted(m))
             if new.kind == "Embedding" and isinstance(head, nn.Linear) and head.weight is new.weight:
-                put(head, TiedHead(head, new))
+                put(head, TiedHead(head, new).train(head.training))
             m = new
         m.add(name, update, config.dropout)
+        m.train(m.base_layer.training)  # new modules are born in training mode, with their dropout on
     for n, c in copies.items():
         m = model.get_submodule(n)
         if not isinstance(m, Trained):
             put(m, new := Trained(m))
-            m = new
+            m = new.train(m.training)
         m.updates[name] = c
     if not isinstance(model, AdapterMixin):
         model.adapter_configs, model.frozen_weights = {}, frozen  # these train again after unloading
@@ -768,91 +859,50 @@ def load_adapter(
     return model
 
 
-# %% ../../nbs/adapters/common.ipynb #27fb153d
-class AdapterMixin:
-    "What an adapted model can do beside what it could before; the names are `peft`'s"
-
-    @property
-    def active_adapter(self):
-        return next((m.active for m in (*layers(self).values(), *trained(self).values())), None)
-
-    def add_adapter(self, name, config):
-        "A second adapter, on the same layers or on others; it becomes the active one"
-        self._unmerged("adding an adapter")
-        return _add(self, config, name)
-
-    def set_adapter(self, name):
-        "Choose the adapter that acts and trains; `None` for none"
-        self._unmerged("switching adapters")
-        if name is not None and name not in self.adapter_configs:
-            refuse("name", repr(name), ", ".join(self.adapter_configs))
-        for m in (*layers(self).values(), *trained(self).values()):
-            m.active = name
-            for k, update in m.updates.items():
-                update.requires_grad_(k == name)
-
-    def _unmerged(self, what):
-        if any(m.original is not None for m in layers(self).values()):
-            raise ValueError(f"model: is merged; unmerge before {what}")
-
-    @contextlib.contextmanager
-    def disable_adapter(self):
-        "Inside, the model is the base"
-        merged = any(m.original is not None for m in layers(self).values())
-        mods = (*layers(self).values(), *trained(self).values())
-        if merged:
-            unmerge(self)
-        was = [m.active for m in mods]
-        for m in mods:
-            m.active = None
-        try:
-            yield self
-        finally:
-            for m, name in zip(mods, was, strict=True):
-                m.active = name
-            if merged:
-                merge(self)
-
-    def get_delta_weight(self, name, adapter=None):
-        "The change of a layer's weight, in the layout of that weight"
-        layer = self.get_submodule(name)
-        if not isinstance(layer, Adapted):
-            refuse("name", name, f"an adapted layer, such as {next(iter(layers(self)))}")
-        return like_weight(layer.updates[adapter or self.active_adapter].delta(), layer.base_layer)
-
-    def merge_adapter(self):
-        merge(self)
-
-    def unmerge_adapter(self):
-        unmerge(self)
-
-    def unload(self):
-        "The base model as it was"
-        unmerge(self)
-        return take_out(self, keep_trained=False)
-
-    def merge_and_unload(self):
-        "A plain model that gives the adapted outputs"
-        merge(self, keep=False)
-        return take_out(self, keep_trained=True)
-
-    def save_pretrained(self, path, adapter=None, state_dict=None, **kwargs):
-        "Write the active adapter, whatever else a trainer passes; `merge_and_unload` first to write a whole model"
-        save_adapter(self, path, adapter, state_dict)
-
-    def get_nb_trainable_parameters(self):
-        "Trainable and all parameters"
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
-
-
-@lru_cache(None)
-def adapted_class(
-    cls: type,  # of a model
+# %% ../../nbs/adapters/common.ipynb #c70cba77
+def adapter_trainer(
+    cls: type | None = None,  # a `transformers` trainer class; default: `Trainer`
 ) -> type:
-    "The class with the methods of an adapted model, under the same name"
-    return type(
-        cls.__name__, (AdapterMixin, cls), dict(__module__=cls.__module__, __qualname__=cls.__qualname__)
+    "The trainer class, able to resume an adapted model from its own checkpoints"
+    if cls is None:
+        from transformers import Trainer as cls
+
+    def load(self, path, model=None):
+        model = self.model if model is None else model
+        load_adapter(model, path, model.active_adapter, trainable=True)
+
+    def load_best(self):
+        load(self, self.state.best_model_checkpoint)
+
+    return type(cls.__name__, (cls,), dict(_load_from_checkpoint=load, _load_best_model=load_best))
+
+
+# %% ../../nbs/adapters/common.ipynb #f2885f08
+def cost(
+    model: nn.Module,  # with a language-model head; its trainable parameters as they are
+    ids: Tensor,  # b t  tokens to count on
+) -> (
+    dict
+):  # trainable parameters, bytes of AdamW's moments, FLOPs per token of a forward and of a training step
+    "Count what training a model costs"
+    from lmlab.core.bench import flops
+
+    mine = [p for p in model.parameters() if p.requires_grad]
+    step = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    with torch.no_grad():
+        forward = flops(lambda: model(input_ids=ids, use_cache=False))
+    train = flops(step)
+    for p in mine:
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.AdamW(mine, lr=0.0)
+    optimizer.step()
+    moments = sum(t.nbytes for s in optimizer.state.values() for k, t in s.items() if k.startswith("exp_avg"))
+    model.zero_grad()
+    return dict(
+        trainable=sum(p.numel() for p in mine),
+        moments=moments,
+        forward=forward / ids.numel(),
+        step=train / ids.numel(),
     )
 
 

@@ -172,7 +172,7 @@ def check_adapter(
         )
 
 
-# %% ../../nbs/core/check_adapter.ipynb #abd9241e
+# %% ../../nbs/core/check_adapter.ipynb #e42a793e
 @adapter(*ALL)
 def _a_fresh_adapter_is_the_identity(c):
     "wrapping changes no bit of the logits; moving the adapter does"
@@ -295,6 +295,15 @@ def _dropout_acts_only_in_training(c):
     test_rel(c.out(model), c.out(c.adapted()), 0)
     model.train()
     assert not torch.equal(c.out(model), c.out(model)), "dropout does nothing in training"
+
+
+@adapter("layer", "options")
+def _the_mode_follows_the_base(c):
+    "on a model in evaluation mode the new modules are in evaluation mode too, on one in training in training"
+    for mode in (False, True):
+        model = c.wrap(c.base().train(mode))
+        odd = [n for n, m in model.named_modules() if m.training != mode]
+        assert not odd, f"on a model with training={mode}, {odd[:4]} have it otherwise"
 
 
 # %% ../../nbs/core/check_adapter.ipynb #f3d1760d
