@@ -16,6 +16,7 @@ __all__ = [
     "rotate",
     "turned_blocks",
     "used_rows",
+    "times",
     "mora",
     "delta_by_columns",
     "delta_weight",
@@ -180,7 +181,7 @@ def turned_blocks(
     return rotate(M.expand(n, -1, -1), cos[:, None], -sin[:, None])
 
 
-# %% ../../nbs/adapters/mora.ipynb #68d76620
+# %% ../../nbs/adapters/mora.ipynb #6a2dbecf
 GROUPS = dict(
     sharing=("strided", "strided"),
     contiguous=("contiguous", "contiguous"),
@@ -198,6 +199,14 @@ def used_rows(
     return min(-(-d_in // r_hat), -(-d_out // r_hat))
 
 
+def times(
+    X: Tensor,  # ... b
+    M: Tensor,  # a b
+) -> Tensor:  # ... a
+    "All rows in one product; `F.linear` alone takes another way for a frozen `M`, and rounds otherwise"
+    return F.linear(X.reshape(-1, X.shape[-1]), M).view(*X.shape[:-1], len(M))
+
+
 def mora(
     x: Tensor,  # ... d_in
     M: Tensor,  # r_hat r_hat
@@ -208,10 +217,10 @@ def mora(
     d_in, r_hat = x.shape[-1], len(M)
     if kind in GROUPS:
         inner, outer = GROUPS[kind]
-        return decompress(F.linear(compress(x, r_hat, inner), M), d_out, outer)
+        return decompress(times(compress(x, r_hat, inner), M), d_out, outer)
     if kind == "truncation":
         k = min(d_in, r_hat)
-        return F.pad(F.linear(x[..., :k], M[:, :k]), (0, d_out - r_hat))  # below zero it cuts
+        return F.pad(times(x[..., :k], M[:, :k]), (0, d_out - r_hat))  # below zero it cuts
     n = used_rows(d_in, d_out, r_hat)
     X = wrap_rows(x[..., : n * r_hat], r_hat)
     tokens = X.numel() // (n * r_hat)
@@ -220,14 +229,14 @@ def mora(
     else:
         if kind == "rotation":
             X = rotate(X, *rotation_table(n, r_hat, X.dtype, X.device))
-        Y = F.linear(X, M)
+        Y = times(X, M)
     y = Y.flatten(-2)
     return (
         y[..., :d_out] if d_out <= n * r_hat else torch.cat([y] * -(-d_out // (n * r_hat)), -1)[..., :d_out]
     )
 
 
-# %% ../../nbs/adapters/mora.ipynb #a677c931
+# %% ../../nbs/adapters/mora.ipynb #3a76d287
 def delta_by_columns(
     M: Tensor,  # r_hat r_hat
     d_in: int,
@@ -321,7 +330,7 @@ def one_product(
     return _OneProduct.apply(x, W_0, bias, M, kind)
 
 
-# %% ../../nbs/adapters/mora.ipynb #f5f9bea9
+# %% ../../nbs/adapters/mora.ipynb #43baae1b
 def side(
     fan_in: int,
     fan_out: int,
@@ -340,7 +349,7 @@ class MoRA(Update):
         r_hat = side(fan_in, fan_out, config)
         if r_hat > max(fan_in, fan_out):
             warnings.warn(
-                f"r_hat: {r_hat} is larger than both sides of a {fan_out} x {fan_in} weight; full fine-tuning has fewer parameters",
+                f"r_hat: {r_hat} is above both sides of a {fan_out} x {fan_in} weight, which has fewer parameters itself",
                 stacklevel=2,
             )
         self.M = nn.Parameter(torch.zeros(r_hat, r_hat))
@@ -411,13 +420,14 @@ def on_the_fly(
     return model
 
 
-# %% ../../nbs/adapters/mora.ipynb #c48f7d33
+# %% ../../nbs/adapters/mora.ipynb #f1516c80
 class MergedForGood:
     "What an adapted model can no longer do once an update was merged for good"
 
     def _refuse(self, *args, **kwargs):
         raise ValueError(
-            "model: updates were merged for good, so the base is not what it was and an adapter file would not restore the model; use merge_and_unload"
+            "model: updates were merged for good: the base is not what it was, "
+            "and an adapter's file would not restore the model; use merge_and_unload"
         )
 
     unload = unmerge_adapter = disable_adapter = save_pretrained = _refuse
@@ -471,7 +481,7 @@ def merge_and_reset(
         model.__class__ = merged_class(type(model))
 
 
-# %% ../../nbs/adapters/mora.ipynb #75cbd791
+# %% ../../nbs/adapters/mora.ipynb #0fd0655a
 class ReMoraCallback(TrainerCallback):
     "Merges and resets every so many steps, with a change of type and a short warm-up"
 
@@ -515,7 +525,7 @@ class ReMoraCallback(TrainerCallback):
             merge_and_reset(model, self.types[cycle % len(self.types)], optimizer)
 
 
-# %% ../../nbs/adapters/mora.ipynb #bc328e09
+# %% ../../nbs/adapters/mora.ipynb #e5d6973b
 def contracts():
     "What is checked of this chapter, see `lmlab.core.check`"
     of = lambda kind: dict(
