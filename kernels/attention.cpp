@@ -8,8 +8,6 @@
 #include "common.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <string>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -125,41 +123,27 @@ LMLAB_INLINE V exp2(V t) { return exp2_steps(t); }
 
 #endif
 
-struct Paths { Path of[4]; int count; };
-
-static Paths paths() {  // that this machine can run at the library's level, best first
-    Paths p = {};
+static Paths<Path> paths() {
+    Paths<Path> p;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (level >= AVX512) {
-        const Kernels f = avx512::kernels<float>(), h = avx512::kernels<bf16>();
+    static const Path wide = {"avx512", {avx512::kernels<float>(), avx512::kernels<bf16>()}};
+    static const Path plain = {"avx2", {avx2::kernels<float>(), avx2::kernels<bf16>()}};
 #ifdef LMLAB_AVX512BF16
-        if (__builtin_cpu_supports("avx512bf16")) p.of[p.count++] = {"avx512bf16", {f, avx512bf16::kernels<bf16>()}};
+    static const Path pairs = {"avx512bf16", {avx512::kernels<float>(), avx512bf16::kernels<bf16>()}};
+    if (level >= AVX512 && __builtin_cpu_supports("avx512bf16")) p.add(pairs);
 #endif
-        p.of[p.count++] = {"avx512", {f, h}};
-    }
-    if (level >= AVX2) p.of[p.count++] = {"avx2", {avx2::kernels<float>(), avx2::kernels<bf16>()}};
+    if (level >= AVX512) p.add(wide);
+    if (level >= AVX2) p.add(plain);
 #elif defined(__aarch64__)
-    p.of[p.count++] = {"neon", {neon::kernels<float>(), neon::kernels<bf16>()}};
+    static const Path neon = {"neon", {neon::kernels<float>(), neon::kernels<bf16>()}};
+    p.add(neon);
 #endif
-    p.of[p.count++] = {"base", {base::kernels<float>(), base::kernels<bf16>()}};
+    static const Path any = {"base", {base::kernels<float>(), base::kernels<bf16>()}};
+    p.add(any);
     return p;
 }
 
-// Memory of the calling thread that stays for the next call: fresh pages cost more than packing keys into them.
-struct Scratch {
-    char* at = nullptr;
-    size_t size = 0;
-    ~Scratch() { free(at); }
-    char* get(size_t bytes) {
-        if (bytes <= size) return at;
-        free(at);
-        size = (bytes + 4095) & ~(size_t)4095;
-        at = (char*)aligned_alloc(4096, size);
-        if (!at) size = 0;
-        return at;
-    }
-};
 static thread_local Scratch scratch;
 
 constexpr int64_t TOGETHER = 1 << 23;  // bytes of packed keys and values that are worked on at a time, to find them in the cache again
@@ -238,24 +222,15 @@ static int single(const Call& a, const Kernels& f, int threads) {  // query
 
 using namespace lmlab;
 
-// The paths of this machine, best first, separated by spaces
-LMLAB_API const char* lmlab_attention_paths() {
-    static thread_local std::string s;
-    attention::Paths p = attention::paths();
-    s.clear();
-    for (int i = 0; i < p.count; i++) s += std::string(i ? " " : "") + p.of[i].name;
-    return s.c_str();
-}
+LMLAB_API const char* lmlab_attention_paths() { return attention::paths().names(); }
 
 // path: null for the best. 0: done; -1: this machine has no such path; -2: no memory
 LMLAB_API int lmlab_attention(const void* call, int threads, const char* path) {
     const attention::Call& a = *(const attention::Call*)call;
-    attention::Paths p = attention::paths();
-    int i = 0;
-    while (path && i < p.count && strcmp(path, p.of[i].name)) i++;
-    if (i == p.count) return -1;
+    const attention::Path* p = attention::paths().named(path);
+    if (!p) return -1;
     if (!a.b || !a.h || !a.n || !a.dv) return 0;
     threads = (int)std::max<int64_t>(1, std::min<int64_t>(threads, a.b * a.h * a.n * a.m * (a.d + a.dv) / attention::SERIAL));
-    const attention::Kernels& f = p.of[i].of[a.half];
+    const attention::Kernels& f = p->of[a.half];
     return a.n == 1 ? attention::single(a, f, threads) : attention::several(a, f, threads);
 }

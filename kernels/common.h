@@ -6,7 +6,9 @@
 // paths return the same bits.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <string>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -52,6 +54,42 @@ typedef uint16_t u16x16 __attribute__((vector_size(32)));
     template <class T> static void name##_base params { name##_body<T> args; }                                          \
     template <class T> static auto name##_pick() -> void(*) params { return name##_base<T>; }
 #endif
+
+// The forms of a kernel that this machine can run at the library's level, best first; each has a `name` and lives for ever
+template <class Path> struct Paths {
+    const Path* of[8];
+    int count = 0;
+
+    void add(const Path& p) { of[count++] = &p; }
+
+    const Path* named(const char* name) const {  // the best for null; null when this machine has no such path
+        for (int i = 0; i < count; i++)
+            if (!name || !strcmp(name, of[i]->name)) return of[i];
+        return nullptr;
+    }
+
+    const char* names() const {  // separated by spaces; valid until the thread asks again
+        static thread_local std::string s;
+        s.clear();
+        for (int i = 0; i < count; i++) s += std::string(i ? " " : "") + of[i]->name;
+        return s.c_str();
+    }
+};
+
+// Memory of the calling thread that stays for the next call: fresh pages would cost more than the arithmetic of a small layer
+struct Scratch {
+    char* at = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(at); }
+    char* get(size_t bytes) {
+        if (bytes <= size) return at;
+        free(at);
+        size = (bytes + 4095) & ~(size_t)4095;
+        at = (char*)aligned_alloc(4096, size);
+        if (!at) size = 0;
+        return at;
+    }
+};
 
 // bfloat16 as stored: the upper half of a float
 struct bf16 { uint16_t bits; };

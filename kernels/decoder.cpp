@@ -640,7 +640,7 @@ using namespace lmlab;
 // 0: done; -1: this machine has no such path; -2: no memory; -3: a row has no room, nothing was done
 LMLAB_API int lmlab_decoder_step(const void* layers, const void* shape, const float* rotations, void* keys, void* values, int64_t* lengths,
                                  const float* x, float* y, const int64_t* rows, const int64_t* counts, int64_t sequences, int64_t n, int threads, const char* path) {
-    const ternary::Path* p = ternary::chosen(path);
+    const ternary::Path* p = ternary::paths().named(path);
     if (!p) return -1;
     const decoder::Shape& s = *(const decoder::Shape*)shape;
     try {

@@ -14,7 +14,6 @@
 #include "common.h"
 
 #include <algorithm>
-#include <string>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -387,31 +386,21 @@ INTERLEAVE(__m512i, _mm512_loadu_si512, _mm512)
 TARGET_END
 #endif
 
-struct Paths { const Path* of[4]; int count; };
-
-static Paths paths() {  // that this machine can run at the library's level, best first
-    Paths p = {};
+static Paths<Path> paths() {
+    Paths<Path> p;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     static const Path wide = avx512::path("avx512"), plain = avx2::path("avx2");
-    if (level >= AVX512 && __builtin_cpu_supports("avx512vnni")) p.of[p.count++] = &wide;
+    if (level >= AVX512 && __builtin_cpu_supports("avx512vnni")) p.add(wide);
 #ifdef LMLAB_AVXVNNI
     static const Path vnni = avxvnni::path("avxvnni");
-    if (level >= AVX2 && __builtin_cpu_supports("avxvnni")) p.of[p.count++] = &vnni;
+    if (level >= AVX2 && __builtin_cpu_supports("avxvnni")) p.add(vnni);
 #endif
-    if (level >= AVX2) p.of[p.count++] = &plain;
+    if (level >= AVX2) p.add(plain);
 #endif
     static const Path any = base::path("base");
-    p.of[p.count++] = &any;
+    p.add(any);
     return p;
-}
-
-static const Path* chosen(const char* name) {  // null when this machine has no such path
-    Paths p = paths();
-    if (!name) return p.of[0];
-    for (int i = 0; i < p.count; i++)
-        if (!strcmp(name, p.of[i]->name)) return p.of[i];
-    return nullptr;
 }
 
 // Which of k entries are not zero, and the entries; room for a whole vector behind the last is needed
@@ -589,14 +578,7 @@ template <class T> static int linear(const Path& path, const Layer& m, const voi
 
 using namespace lmlab;
 
-// The paths of this machine for int8 and ternary weights, best first, separated by spaces
-LMLAB_API const char* lmlab_sparse_paths() {
-    static thread_local std::string s;
-    sparse::Paths p = sparse::paths();
-    s.clear();
-    for (int i = 0; i < p.count; i++) s += std::string(i ? " " : "") + p.of[i]->name;
-    return s.c_str();
-}
+LMLAB_API const char* lmlab_sparse_paths() { return sparse::paths().names(); }  // for int8 and ternary weights
 
 // x, source (or null) and out: n x d float (half = 0) or bf16 (half = 1). structure: 0 keep of d, 1 keep of every group, 2 keep blocks
 // of group. 0: done; -2: no memory; -3: x holds a NaN
@@ -608,7 +590,7 @@ LMLAB_API int lmlab_sparse_topk(const void* x, const void* source, void* out, in
 // x: n x k float (half = 0) or bf16 (half = 1), as y is. keep = 0: all inputs that are not zero. path: null for the best.
 // 0: done; -1: this machine has no such path; -2: no memory; -3: x holds a NaN and something is to be kept
 LMLAB_API int lmlab_sparse_linear(const void* x, int64_t n, int64_t k, int half, int64_t keep, const void* layer, int threads, const char* path) {
-    const sparse::Path* p = sparse::chosen(path);
+    const sparse::Path* p = sparse::paths().named(path);
     if (!p) return -1;
     return (half ? sparse::linear<bf16> : sparse::linear<float>)(*p, *(const sparse::Layer*)layer, x, n, k, keep, threads);
 }

@@ -7,7 +7,6 @@
 #include "tiles.h"
 
 #include <algorithm>
-#include <string>
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -126,48 +125,37 @@ static bool dot_product() {
 
 #endif
 
-// The paths that this machine can run at the library's level, best first
-struct Paths { const Path* of[8]; int count; };
-
-static Paths paths() {
-    Paths p = {};
+Paths<Path> paths() {
+    Paths<Path> p;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (level >= AVX512 && __builtin_cpu_supports("avx512vnni")) {  // a table is filled by code that uses what the path uses
         static const Path wide = avx512::path<12>("avx512");
         if (__builtin_cpu_supports("avx512vbmi")) {
             static const Path wider = avx512vbmi::better(wide);
-            p.of[p.count++] = &wider;
+            p.add(wider);
         }
-        p.of[p.count++] = &wide;
+        p.add(wide);
     }
 #ifdef LMLAB_AVXVNNI
     if (level >= AVX2 && __builtin_cpu_supports("avxvnni")) {
         static const Path vnni = avxvnni::path<6>("avxvnni");
-        p.of[p.count++] = &vnni;
+        p.add(vnni);
     }
 #endif
     if (level >= AVX2) {
         static const Path plain = avx2::path<4>("avx2");
-        p.of[p.count++] = &plain;
+        p.add(plain);
     }
 #elif defined(__aarch64__)
     if (dot_product()) {
         static const Path dotprod = neon::path<6>("neon");
-        p.of[p.count++] = &dotprod;
+        p.add(dotprod);
     }
 #endif
     static const Path any = base::path<4>("base");
-    p.of[p.count++] = &any;
+    p.add(any);
     return p;
-}
-
-const Path* chosen(const char* name) {
-    Paths p = paths();
-    if (!name) return p.of[0];
-    for (int i = 0; i < p.count; i++)
-        if (!strcmp(name, p.of[i]->name)) return p.of[i];
-    return nullptr;
 }
 
 static thread_local Scratch scratch;
@@ -241,19 +229,12 @@ template <class T> static int run(const Path& path, const Matrix* layers, int co
 
 using namespace lmlab;
 
-// The paths of this machine, best first, separated by spaces
-LMLAB_API const char* lmlab_ternary_paths() {
-    static thread_local std::string s;
-    ternary::Paths p = ternary::paths();
-    s.clear();
-    for (int i = 0; i < p.count; i++) s += std::string(i ? " " : "") + p.of[i]->name;
-    return s.c_str();
-}
+LMLAB_API const char* lmlab_ternary_paths() { return ternary::paths().names(); }
 
 // x: n x k float (half = 0) or bf16 (half = 1), as every y is; `count` layers read it. path: null for the best.
 // 0: done; -1: this machine has no such path; -2: no memory
 LMLAB_API int lmlab_ternary_linear(const void* x, int64_t n, int64_t k, int half, const void* matrices, int count, int threads, const char* path) {
-    const ternary::Path* p = ternary::chosen(path);
+    const ternary::Path* p = ternary::paths().named(path);
     if (!p) return -1;
     return (half ? ternary::run<bf16> : ternary::run<float>)(*p, (const ternary::Matrix*)matrices, count, x, n, k, threads);
 }

@@ -3,8 +3,6 @@
 #pragma once
 #include "common.h"
 
-#include <cstdlib>
-
 namespace lmlab {
 namespace ternary {
 
@@ -98,22 +96,7 @@ struct Path {  // the sums of a tile on one instruction set
     Sums sums[2][MOST];   // [2 or 1.6 bits][tokens - 1]
 };
 
-const Path* chosen(const char* name);  // null when this machine has no such path; the best for null
-
-// Memory of the calling thread that stays for the next call: fresh pages would cost more than the arithmetic of a small layer.
-struct Scratch {
-    char* at = nullptr;
-    size_t size = 0;
-    ~Scratch() { free(at); }
-    char* get(size_t bytes) {
-        if (bytes <= size) return at;
-        free(at);
-        size = (bytes + 4095) & ~(size_t)4095;
-        at = (char*)aligned_alloc(4096, size);
-        if (!at) size = 0;
-        return at;
-    }
-};
+Paths<Path> paths();
 
 // Tokens meet a tile in blocks of nearly equal length, each with its int8 values in one piece: [k / 4][token][4].
 struct Blocks {

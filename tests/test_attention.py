@@ -1,10 +1,6 @@
 """Attention: its definition on every path, nothing from keys that are not seen, and stock models that do not notice the change."""
 
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
+import native
 import pytest
 import torch
 import torch.nn.functional as F
@@ -569,47 +565,10 @@ int main() {
 """
 
 
-def compiled(tmp_path, flags, compiler=None):
-    "The driver with the kernels, or a skip when this compiler cannot do it"
-    compiler = compiler or os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler or not shutil.which(compiler.split()[0]):
-        pytest.skip(f"{compiler or 'a C++ compiler'} is not there")
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() { return 0; }")
-    probed = [*compiler.split(), *flags, str(probe), "-o", str(tmp_path / "probe")]
-    if subprocess.run(probed, capture_output=True).returncode:
-        pytest.skip(f"{compiler} does not know {' '.join(flags)}")
-    kernels, source, program = Path(A.__file__).resolve().parent, tmp_path / "driver.cpp", tmp_path / "driver"
-    source.write_text("#include <algorithm>\n" + DRIVER)
-    files = [str(f) for f in (kernels / "machine.cpp", kernels / "attention.cpp", source)]
-    plain = ["-std=c++17", "-ffp-contract=off", "-Wno-psabi", "-w", f"-I{kernels}"]
-    made = subprocess.run(
-        [*compiler.split(), *flags, *plain, *files, "-o", str(program)], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
-    return program
-
-
 def test_under_sanitizers(tmp_path):
     "No byte outside its memory is touched and nothing undefined happens, on any path, down to one key of one number"
-    program = compiled(
-        tmp_path, ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    )
-    env = os.environ | {
-        "ASAN_OPTIONS": "detect_leaks=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "OMP_NUM_THREADS": "2",
-    }
-    ran = subprocess.run([program], capture_output=True, text=True, env=env, timeout=120)
-    assert ran.returncode == 0 and ran.stdout.endswith("wrong 0\n"), ran.stdout + ran.stderr
+    native.under_sanitizers(tmp_path, "#include <algorithm>\n" + DRIVER, ("attention",))
 
 
 def test_arm(tmp_path):
-    "Compiles for ARM, and runs there, where a cross compiler and an emulator are at hand"
-    program = compiled(tmp_path, ["-O2", "-static"], "aarch64-linux-gnu-g++")
-    if not (emulator := shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")):
-        return
-    ran = subprocess.run([emulator, program], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0 and "neon" in ran.stdout and ran.stdout.endswith("wrong 0\n"), (
-        ran.stdout + ran.stderr
-    )
+    native.on_arm(tmp_path, "#include <algorithm>\n" + DRIVER, ("attention",))

@@ -1559,6 +1559,7 @@ LOSSES = [
     (lambda **o: check_distillation(lambda s, t, labels: divergence(s, t.roll(1, -1), labels), **o), "zero_at_the_teacher"),
     (ls(keep=lambda labels: torch.ones_like(labels[:, 1:]).bool()), "masked_positions_have_no_influence"),
     (ls(keep=lambda labels: labels[:, :-1] != -100), "masked_positions_have_no_influence"),  # not shifted
+    (ls(keep=lambda labels: (labels[:, 1:] != -100) & (torch.arange(labels.shape[1] - 1) != 3)), "every_kept_position_counts"),
     (ls(empty=False), "nothing_kept_is_no_loss"),
     (ls(detach=False), "the_teacher_gets_no_gradient"),
     (ls(fit=False), "other_shapes_are_refused"),

@@ -1,14 +1,11 @@
 """A decoder of ternary layers: its definition against transformers, the C++ against the definition, and bits that depend on nothing but a row's tokens."""
 
-import os
-import subprocess
-
+import native
 import pytest
 import torch
 from lmlab.kernels import Fallback, cpu
 from lmlab.kernels import decoder as D
 from lmlab.kernels import ternary as T
-from test_ternary import compiled
 
 from lmlab.core.check import math_threads, test_rel
 
@@ -545,16 +542,7 @@ int main() {
 
 def test_under_sanitizers(tmp_path):
     "No byte outside its memory is touched and nothing undefined happens, whatever the sizes, the path and the cut of a prompt"
-    source = DRIVER.replace("PAD", str(D.WIDE))
-    flags = ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    program = compiled(tmp_path, flags, driver=source, kernels=("machine", "ternary", "decoder"))
-    env = os.environ | {
-        "ASAN_OPTIONS": "detect_leaks=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "OMP_NUM_THREADS": "2",
-    }
-    ran = subprocess.run([program], capture_output=True, text=True, env=env, timeout=120)
-    assert ran.returncode == 0 and ran.stdout.endswith("wrong 0\n"), ran.stdout + ran.stderr
+    native.under_sanitizers(tmp_path, DRIVER.replace("PAD", str(D.WIDE)), ("ternary", "decoder"))
 
 
 def test_llama_cpp_says_the_same(tmp_path):

@@ -2,11 +2,10 @@
 
 import importlib.util
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import lmlab.kernels as kernels
+import native
 import pytest
 import torch
 from lmlab.kernels import cpu, gated_retention
@@ -391,41 +390,10 @@ int main() {
 """
 
 
-def compiled(tmp_path, flags, compiler=None):
-    "The driver with the kernels, or a skip when this compiler cannot do it"
-    compiler = compiler or os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler or not shutil.which(compiler.split()[0]):
-        pytest.skip(f"{compiler or 'a C++ compiler'} is not there")
-    folder = Path(R.__file__).resolve().parent
-    source, program, probe = tmp_path / "driver.cpp", tmp_path / "driver", tmp_path / "probe.cpp"
-    source.write_text(DRIVER)
-    probe.write_text("int main() { return 0; }")
-    if subprocess.run(
-        [*compiler.split(), *flags, probe, "-o", tmp_path / "probe"], capture_output=True
-    ).returncode:
-        pytest.skip(f"{compiler} does not know {' '.join(flags)}")
-    files = [folder / "machine.cpp", folder / "retention.cpp", source]
-    plain = ["-std=c++17", "-ffp-contract=off", "-Wno-psabi", f"-I{folder}"]
-    made = subprocess.run(
-        [*compiler.split(), *flags, *plain, *files, "-o", program], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
-    return program
-
-
 def test_under_sanitizers(tmp_path):
     "No byte outside its memory is touched, all of the results are written and nothing undefined happens, on any path"
-    flags = ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    program = compiled(tmp_path, flags)
-    env = os.environ | {"ASAN_OPTIONS": "detect_leaks=1", "OMP_NUM_THREADS": "2"}
-    ran = subprocess.run([program], capture_output=True, text=True, env=env, timeout=120)
-    assert ran.returncode == 0 and ran.stdout.endswith("wrong 0\n"), ran.stdout + ran.stderr
+    native.under_sanitizers(tmp_path, DRIVER, ("retention",))
 
 
 def test_arm(tmp_path):
-    "Compiles for ARM, and runs there, where a cross compiler and an emulator are at hand"
-    program = compiled(tmp_path, ["-O2", "-static"], "aarch64-linux-gnu-g++")
-    if not (emulator := shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")):
-        return
-    ran = subprocess.run([emulator, program], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0 and ran.stdout.endswith("wrong 0\n"), ran.stdout + ran.stderr
+    native.on_arm(tmp_path, DRIVER, ("retention",))

@@ -3,11 +3,10 @@
 import gc
 import itertools
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import native
 import pytest
 import torch
 from lmlab.kernels import Fallback, absent, cpu
@@ -568,58 +567,10 @@ int main() {
 """
 
 
-def compiled(tmp_path, flags, compiler=None, driver=DRIVER, kernels=("machine", "ternary")):
-    "The driver with the kernels, or a skip when this compiler cannot do it"
-    compiler = compiler or os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler or not shutil.which(compiler.split()[0]):
-        pytest.skip(f"{compiler or 'a C++ compiler'} is not there")
-    folder = Path(T.__file__).resolve().parent
-    source = tmp_path / "driver.cpp"
-    source.write_text(driver)
-    files = [str(f) for f in (*(folder / f"{name}.cpp" for name in kernels), source)]
-    program = tmp_path / "driver"
-    command = [
-        *compiler.split(),
-        *flags,
-        "-std=c++17",
-        "-ffp-contract=off",
-        "-Wno-psabi",
-        f"-I{folder}",
-        *files,
-        "-o",
-        str(program),
-    ]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() { return 0; }")
-    if subprocess.run(
-        [*compiler.split(), *flags, str(probe), "-o", str(tmp_path / "probe")], capture_output=True
-    ).returncode:
-        pytest.skip(f"{compiler} does not know {' '.join(flags)}")
-    made = subprocess.run(command, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    return program
-
-
 def test_under_sanitizers(tmp_path):
     "No byte outside its memory is touched and nothing undefined happens, on any path, down to matrices of one weight"
-    program = compiled(
-        tmp_path, ["-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    )
-    env = os.environ | {
-        "ASAN_OPTIONS": "detect_leaks=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "OMP_NUM_THREADS": "2",
-    }
-    ran = subprocess.run([program], capture_output=True, text=True, env=env, timeout=120)
-    assert ran.returncode == 0 and ran.stdout.endswith("wrong 0\n"), ran.stdout + ran.stderr
+    native.under_sanitizers(tmp_path, DRIVER, ("ternary",))
 
 
 def test_arm(tmp_path):
-    "Compiles for ARM, and runs there, where a cross compiler and an emulator are at hand"
-    program = compiled(tmp_path, ["-O2", "-static"], "aarch64-linux-gnu-g++")
-    if not (emulator := shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")):
-        return
-    ran = subprocess.run([emulator, program], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0 and "neon" in ran.stdout and ran.stdout.endswith("wrong 0\n"), (
-        ran.stdout + ran.stderr
-    )
+    native.on_arm(tmp_path, DRIVER, ("ternary",))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .check import Kind, NotApplicable, Report, quiet, test_rel, tiny_llama, tolerance
 
-# %% ../../nbs/core/check_distillation.ipynb #7f8251ed
+# %% ../../nbs/core/check_distillation.ipynb #42ceb8d2
 distillation = Kind("distillation", dtype=(torch.float32, torch.bfloat16))
 preference = Kind("distillation", dtype=(torch.float32, torch.bfloat16))
 training = Kind("distillation")
@@ -141,7 +141,15 @@ def _masked_positions_have_no_influence(c):
     (g,) = torch.autograd.grad(_mean(c, x := c.s.clone().requires_grad_(), c.t, c.labels), x)
     leak = g.masked_fill(keep, 0).abs().max().item()
     assert leak == 0, f"a masked position gets a gradient of {leak:.3g}"
-    none = (g.abs().amax(-1) == 0) & keep[..., 0]
+
+
+@distillation("dtype")
+def _every_kept_position_counts(c):
+    "away from the teacher, each kept position has a gradient"
+    if not c.divergence:
+        raise NotApplicable("declared not to be a divergence")
+    (g,) = torch.autograd.grad(_mean(c, x := c.s.clone().requires_grad_(), c.t, c.labels), x)
+    none = (g.abs().amax(-1) == 0) & _kept(c, c.labels)
     assert not none.any(), f"{int(none.sum())} kept positions get no gradient"
 
 

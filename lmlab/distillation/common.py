@@ -40,7 +40,7 @@ __all__ = [
     "contracts",
 ]
 
-# %% ../../nbs/distillation/common.ipynb #7fafaa00
+# %% ../../nbs/distillation/common.ipynb #4b05eb39
 import copy
 import hashlib
 import json
@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
-from ..core.fit import refuse, rng_kept, seed_all, sync, whole
+from ..core.fit import number, refuse, rng_kept, seed_all, sync, whole
 
 
 # %% ../../nbs/distillation/common.ipynb #cb7ce2ce
@@ -137,7 +137,7 @@ def lean_sequence_logps(
     return lean_token_logps(hidden, weight, labels, bias, chunk).sum(1), kept(labels).sum(1)
 
 
-# %% ../../nbs/distillation/common.ipynb #caf4a278
+# %% ../../nbs/distillation/common.ipynb #286547f6
 def bare(model):
     "The model inside the wrappers of a trainer"
     while hasattr(model, "module"):
@@ -151,7 +151,7 @@ def last_hidden(
 ) -> Tensor:  # b t d
     "What the head of the model is applied to"
     caught = []
-    hook = bare(model).base_model.register_forward_hook(lambda m, a, out: caught.append(out[0]))
+    hook = bare(model).get_decoder().register_forward_hook(lambda m, a, out: caught.append(out[0]))
     try:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
@@ -176,7 +176,7 @@ def plain_head(
         return None
     finally:
         model.train(was)
-    return head if got.shape == want.shape and torch.equal(got, want) else None
+    return head if torch.equal(got, want) else None
 
 
 def model_logps(
@@ -192,7 +192,7 @@ def model_logps(
     return lean_sequence_logps(last_hidden(model, **inputs), head.weight, batch["labels"], head.bias, chunk)
 
 
-# %% ../../nbs/distillation/common.ipynb #1145eee7
+# %% ../../nbs/distillation/common.ipynb #bb623ba5
 def log_softmaxes(
     student: Tensor,  # b t v, logits
     teacher: Tensor,  # b t v, logits
@@ -211,7 +211,8 @@ def kl(
     b: Tensor,  # ... v, log-probabilities
 ) -> Tensor:  # scalar
     "Sum of KL(a ‖ b); a token that `a` excludes adds nothing"
-    return torch.where(a == -math.inf, 0, a.exp() * (a.clamp(min=torch.finfo(a.dtype).min) - b)).sum()
+    a, b = (o.masked_fill(a == -math.inf, 0) for o in (a, b))  # before the product: 0·∞ has no gradient
+    return (a.exp() * (a - b)).sum()
 
 
 def forward_kl(
@@ -247,7 +248,8 @@ def jsd(
     if not 0 < beta < 1:
         refuse("beta", repr(beta), "a number above 0 and below 1; the ends are forward_kl and reverse_kl")
     q, p = log_softmaxes(student, teacher, labels, temperature)
-    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    least = torch.finfo(p.dtype).min  # a token that both exclude would have the gradient of −∞ − −∞
+    m = torch.logaddexp((p + math.log(beta)).clamp(min=least), q + math.log1p(-beta))
     return beta * kl(p, m) + (1 - beta) * kl(q, m), kept(labels).sum()
 
 
@@ -261,7 +263,7 @@ def nll(
     return -token_logps(student, labels).sum(), count
 
 
-# %% ../../nbs/distillation/common.ipynb #9bbbe318
+# %% ../../nbs/distillation/common.ipynb #8580d8ed
 def join(
     prompts: list,  # of lists of ids
     responses: list,  # of lists of ids, none of them empty
@@ -295,6 +297,7 @@ def prompts_of(
     return [ids[keep].tolist() for ids, keep in zip(batch["input_ids"], inside, strict=True)]
 
 
+# %% ../../nbs/distillation/common.ipynb #0ecd358a
 @contextmanager
 def generating(model):
     "Evaluation mode and no sampling settings of the model's own, for a while"
@@ -322,8 +325,12 @@ def sample_responses(
 ) -> list:  # of lists of ids, each with its end token if it came in time
     "Responses of a model, sampled under a cache with torch's generator"
     model, out = bare(model), []
-    how = dict(do_sample=False, top_k=None, top_p=None, temperature=None)
-    if temperature:
+    if empty := [i for i, o in enumerate(prompts) if not len(o)]:
+        refuse("prompts", f"nothing in row {empty[0]}", "at least one token in every row")
+    if not 0 < top_p <= 1:
+        refuse("top_p", repr(top_p), "a number above 0, at most 1")
+    how = dict(do_sample=False)
+    if number("temperature", temperature):
         how = dict(do_sample=True, temperature=float(temperature), top_p=float(top_p), top_k=0)
     config = GenerationConfig(
         **how, max_new_tokens=whole("max_new_tokens", max_new_tokens), eos_token_id=eos, pad_token_id=pad
@@ -412,7 +419,7 @@ def teacher_responses(
     return out
 
 
-# %% ../../nbs/distillation/common.ipynb #713c8db9
+# %% ../../nbs/distillation/common.ipynb #b57ce13a
 def same_vocabulary(
     student,  # a tokenizer, or a model, of which only the number of logits is known
     teacher,  # the same
@@ -422,9 +429,8 @@ def same_vocabulary(
         a, b = (m.get_output_embeddings().weight.shape[0] for m in (student, teacher))
         return a == b or refuse("teacher", f"{b} logits", f"the {a} of the student")
     a, b = student.get_vocab(), teacher.get_vocab()
-    by_id = sorted((i, token) for v in (a, b) for token, i in v.items() if a.get(token) != b.get(token))
-    if by_id:
-        token = by_id[0][1]
+    if differ := [token for token in a | b if a.get(token) != b.get(token)]:
+        token = min(differ, key=lambda o: (a.get(o, math.inf), b.get(o, math.inf)))
         at = lambda v: f"id {v[token]}" if token in v else "none"
         refuse("teacher", f"{at(b)} for token {token!r}", f"the student's, {at(a)}")
     for name in ("eos_token_id", "pad_token_id"):
