@@ -393,7 +393,7 @@ class DPKDTrainer(DistillationTrainer):
         super().log(logs | seen, *args, **kw)
 
 
-# %% ../../nbs/distillation/dpkd.ipynb #1133974b
+# %% ../../nbs/distillation/dpkd.ipynb #87c068dd
 def _checked(student, teacher, rows, args, processing_class=None, teacher_tokenizer=None):
     "The trainer as the shared checker calls it"
     ids = processing_class or SimpleNamespace(eos_token_id=2, pad_token_id=0)
@@ -408,14 +408,12 @@ def contracts():
     form = lambda **kw: partial(dpkd_loss, beta=0.3, **kw)
     pairs = dict(form="pairs")
     free = pairs | dict(reference=False)
-    agree = "positions where both argmaxes agree have no gradient; the chapter checks the masked ones"
-    skip = {"masked_positions_have_no_influence": agree}
     return [
         ("distillation", "dpkd", dict(loss=form(), dpo=dict(beta=0.3, kind="sigmoid_norm"), **pairs)),
         ("distillation", "no_norm", dict(loss=form(length_norm=False), dpo=dict(beta=0.3), **pairs)),
         ("distillation", "ipo", dict(loss=form(loss_type="ipo"), dpo=dict(beta=0.3, kind="ipo"), **pairs)),
         ("distillation", "simpo", dict(loss=form(loss_type="simpo"), **free)),
         ("distillation", "cpo", dict(loss=form(loss_type="cpo"), **free)),
-        ("distillation", "token", dict(loss=dpkd_token_loss, divergence=False, skip=skip)),
+        ("distillation", "token", dict(loss=dpkd_token_loss, divergence=False)),
         ("distillation", "trainer", dict(loss=_checked, form="trainer")),
     ]
