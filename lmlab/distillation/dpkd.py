@@ -44,7 +44,7 @@ from lmlab.distillation.common import (
 
 from ..core.fit import rng_kept, seed_all
 
-# %% ../../nbs/distillation/dpkd.ipynb #341c7a03
+# %% ../../nbs/distillation/dpkd.ipynb #28cd0f71
 LOSS_TYPES = ("sigmoid", "ipo", "simpo", "cpo")
 
 
@@ -116,9 +116,13 @@ def dpkd_loss(
         )
         of_token = [wide(q) / n for q, n in zip(student_logps, lengths, strict=True)]
         aux = dict(
-            rewards_teacher=r_t, rewards_student=r_s, margins=r_t - r_s, accuracy=(r_t > r_s).to(r_t.dtype),
-            logp_teacher_text=of_token[0], logp_student_text=of_token[1],
-        )  # fmt: skip
+            rewards_teacher=r_t,
+            rewards_student=r_s,
+            margins=r_t - r_s,
+            accuracy=(r_t > r_s).to(r_t.dtype),
+            logp_teacher_text=of_token[0],
+            logp_student_text=of_token[1],
+        )
     return loss if reduction == "none" else loss.mean(), aux
 
 
@@ -150,7 +154,7 @@ def dpkd_token_loss(
     return each[:, :-1][keep].sum(), keep.sum()
 
 
-# %% ../../nbs/distillation/dpkd.ipynb #036c4dbe
+# %% ../../nbs/distillation/dpkd.ipynb #032526ae
 SAMPLES, GRANULARITIES = ("on_policy", "per_epoch", "cached"), ("sequence", "token")
 
 
@@ -192,7 +196,7 @@ class DPKDTrainer(DistillationTrainer):
         student,  # causal language model, trained
         teacher,  # causal language model of the same vocabulary, in evaluation mode
         tokenizer,  # of the student
-        train_dataset,  # rows with `prompt`; `teacher_response`, `student_response`, `response` as wanted: strings or ids
+        train_dataset,  # rows of strings or ids: `prompt`; `teacher_response`, `student_response`, `response`
         lm_dataset=None,  # rows with `text`, a string or ids: plain text for the language-model term
         args=None,  # TrainingArguments
         *,
@@ -275,9 +279,7 @@ class DPKDTrainer(DistillationTrainer):
             return responses
         out = [y[: max(0, self.max_length - len(x))] for x, y in zip(self.prompts, responses, strict=True)]
         if empty := [i for i, y in enumerate(out) if not y]:
-            raise ValueError(
-                f"{name}: row {empty[0]} has no token left, its prompt has {len(self.prompts[empty[0]])} and max_length is {self.max_length}"
-            )
+            raise ValueError(f"{name}: row {empty[0]} has no token left, max_length is {self.max_length}")
         return out
 
     def ask_teacher(self, folder) -> list:  # of lists of ids
@@ -373,7 +375,7 @@ class DPKDTrainer(DistillationTrainer):
         return loss.sum() + self.lm_coef * plain
 
     def token_sum(self, model, texts: dict, n: int) -> Tensor:
-        "(7) with the released weights: half cross-entropy of the gold answer, half preference; the plain text half cross-entropy, half KL"
+        "(7) in the released mixture: half gold cross-entropy; plain text half cross-entropy, half KL"
         inputs = dict(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"])
         q, labels = model(**inputs, use_cache=False).logits, texts["labels"]
         with torch.no_grad():
