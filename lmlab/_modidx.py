@@ -9,6 +9,559 @@ d = {
         "lib_path": "lmlab",
     },
     "syms": {
+        "lmlab.adapters.common": {
+            "lmlab.adapters.common.Adapted": ("adapters/common.html#adapted", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.Adapted.__init__": (
+                "adapters/common.html#adapted.__init__",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Adapted.acting": (
+                "adapters/common.html#adapted.acting",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Adapted.add": (
+                "adapters/common.html#adapted.add",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Adapted.bias": (
+                "adapters/common.html#adapted.bias",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Adapted.extra_repr": (
+                "adapters/common.html#adapted.extra_repr",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Adapted.forward": (
+                "adapters/common.html#adapted.forward",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Adapted.merged_weight": (
+                "adapters/common.html#adapted.merged_weight",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Adapted.weight": (
+                "adapters/common.html#adapted.weight",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterConfig": (
+                "adapters/common.html#adapterconfig",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterConfig.__init_subclass__": (
+                "adapters/common.html#adapterconfig.__init_subclass__",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterConfig.__post_init__": (
+                "adapters/common.html#adapterconfig.__post_init__",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterConfig.from_dict": (
+                "adapters/common.html#adapterconfig.from_dict",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterConfig.to_dict": (
+                "adapters/common.html#adapterconfig.to_dict",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin": (
+                "adapters/common.html#adaptermixin",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin._unmerged": (
+                "adapters/common.html#adaptermixin._unmerged",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin.active_adapter": (
+                "adapters/common.html#adaptermixin.active_adapter",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin.add_adapter": (
+                "adapters/common.html#adaptermixin.add_adapter",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin.disable_adapter": (
+                "adapters/common.html#adaptermixin.disable_adapter",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin.get_delta_weight": (
+                "adapters/common.html#adaptermixin.get_delta_weight",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin.get_nb_trainable_parameters": (
+                "adapters/common.html#adaptermixin.get_nb_trainable_parameters",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin.merge_adapter": (
+                "adapters/common.html#adaptermixin.merge_adapter",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin.merge_and_unload": (
+                "adapters/common.html#adaptermixin.merge_and_unload",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin.save_pretrained": (
+                "adapters/common.html#adaptermixin.save_pretrained",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin.set_adapter": (
+                "adapters/common.html#adaptermixin.set_adapter",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin.unload": (
+                "adapters/common.html#adaptermixin.unload",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.AdapterMixin.unmerge_adapter": (
+                "adapters/common.html#adaptermixin.unmerge_adapter",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.LoRA": ("adapters/common.html#lora", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.LoRA.__init__": (
+                "adapters/common.html#lora.__init__",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.LoRA.delta": (
+                "adapters/common.html#lora.delta",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.LoRA.embed": (
+                "adapters/common.html#lora.embed",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.LoRA.factors": (
+                "adapters/common.html#lora.factors",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.LoRA.forward": (
+                "adapters/common.html#lora.forward",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.LoRA.unembed": (
+                "adapters/common.html#lora.unembed",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.LoraConfig": (
+                "adapters/common.html#loraconfig",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.LoraConfig.__post_init__": (
+                "adapters/common.html#loraconfig.__post_init__",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.TiedHead": ("adapters/common.html#tiedhead", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.TiedHead.__init__": (
+                "adapters/common.html#tiedhead.__init__",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.TiedHead.forward": (
+                "adapters/common.html#tiedhead.forward",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Trained": ("adapters/common.html#trained", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.Trained.__init__": (
+                "adapters/common.html#trained.__init__",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Trained.current": (
+                "adapters/common.html#trained.current",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Trained.forward": (
+                "adapters/common.html#trained.forward",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Trained.weight": (
+                "adapters/common.html#trained.weight",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Update": ("adapters/common.html#update", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.Update.__init__": (
+                "adapters/common.html#update.__init__",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Update.delta": (
+                "adapters/common.html#update.delta",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Update.embed": (
+                "adapters/common.html#update.embed",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Update.forward": (
+                "adapters/common.html#update.forward",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Update.n_params": (
+                "adapters/common.html#update.n_params",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.Update.unembed": (
+                "adapters/common.html#update.unembed",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common._add": ("adapters/common.html#_add", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common._inside": ("adapters/common.html#_inside", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.adapted_class": (
+                "adapters/common.html#adapted_class",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.adapter_tensors": (
+                "adapters/common.html#adapter_tensors",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.adapter_trainer": (
+                "adapters/common.html#adapter_trainer",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.build_updates": (
+                "adapters/common.html#build_updates",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.check_merge": (
+                "adapters/common.html#check_merge",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.contracts": ("adapters/common.html#contracts", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.copy_config": (
+                "adapters/common.html#copy_config",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.cost": ("adapters/common.html#cost", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.fans": ("adapters/common.html#fans", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.fill": ("adapters/common.html#fill", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.fold": ("adapters/common.html#fold", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.full": ("adapters/common.html#full", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.functions_of": (
+                "adapters/common.html#functions_of",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.get_adapted_model": (
+                "adapters/common.html#get_adapted_model",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.get_lora_model": (
+                "adapters/common.html#get_lora_model",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.install": ("adapters/common.html#install", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.is_peft": ("adapters/common.html#is_peft", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.kind_of": ("adapters/common.html#kind_of", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.layers": ("adapters/common.html#layers", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.like_weight": (
+                "adapters/common.html#like_weight",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.load_adapter": (
+                "adapters/common.html#load_adapter",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.merge": ("adapters/common.html#merge", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.modules_of": (
+                "adapters/common.html#modules_of",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.named_so": ("adapters/common.html#named_so", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.needs_base": (
+                "adapters/common.html#needs_base",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.of_adapters": (
+                "adapters/common.html#of_adapters",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.read_adapter": (
+                "adapters/common.html#read_adapter",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.save_adapter": (
+                "adapters/common.html#save_adapter",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.saved_modules": (
+                "adapters/common.html#saved_modules",
+                "lmlab/adapters/common.py",
+            ),
+            "lmlab.adapters.common.take_out": ("adapters/common.html#take_out", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.targets": ("adapters/common.html#targets", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.trained": ("adapters/common.html#trained", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.unmerge": ("adapters/common.html#unmerge", "lmlab/adapters/common.py"),
+            "lmlab.adapters.common.within": ("adapters/common.html#within", "lmlab/adapters/common.py"),
+        },
+        "lmlab.adapters.mora": {
+            "lmlab.adapters.mora.MergedForGood": (
+                "adapters/mora.html#mergedforgood",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.MergedForGood._refuse": (
+                "adapters/mora.html#mergedforgood._refuse",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.MergedForGood.merge_and_unload": (
+                "adapters/mora.html#mergedforgood.merge_and_unload",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.MoRA": ("adapters/mora.html#mora", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.MoRA.__init__": (
+                "adapters/mora.html#mora.__init__",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.MoRA.delta": ("adapters/mora.html#mora.delta", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.MoRA.extra_repr": (
+                "adapters/mora.html#mora.extra_repr",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.MoRA.forward": ("adapters/mora.html#mora.forward", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.MoRA.n_params": (
+                "adapters/mora.html#mora.n_params",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.MoraConfig": ("adapters/mora.html#moraconfig", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.MoraConfig.__post_init__": (
+                "adapters/mora.html#moraconfig.__post_init__",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.OnTheFly": ("adapters/mora.html#onthefly", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.OnTheFly.forward": (
+                "adapters/mora.html#onthefly.forward",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.ReMoraCallback": (
+                "adapters/mora.html#remoracallback",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.ReMoraCallback.__init__": (
+                "adapters/mora.html#remoracallback.__init__",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.ReMoraCallback.on_optimizer_step": (
+                "adapters/mora.html#remoracallback.on_optimizer_step",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.ReMoraCallback.on_pre_optimizer_step": (
+                "adapters/mora.html#remoracallback.on_pre_optimizer_step",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.ReMoraCallback.on_step_end": (
+                "adapters/mora.html#remoracallback.on_step_end",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.ReMoraCallback.on_train_begin": (
+                "adapters/mora.html#remoracallback.on_train_begin",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora._OneProduct": ("adapters/mora.html#_oneproduct", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora._OneProduct.backward": (
+                "adapters/mora.html#_oneproduct.backward",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora._OneProduct.forward": (
+                "adapters/mora.html#_oneproduct.forward",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.compress": ("adapters/mora.html#compress", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.contracts": ("adapters/mora.html#contracts", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.decompress": ("adapters/mora.html#decompress", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.delta_by_columns": (
+                "adapters/mora.html#delta_by_columns",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.delta_weight": ("adapters/mora.html#delta_weight", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.get_mora_model": (
+                "adapters/mora.html#get_mora_model",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.group_sizes": ("adapters/mora.html#group_sizes", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.merge_and_reset": (
+                "adapters/mora.html#merge_and_reset",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.merged_class": ("adapters/mora.html#merged_class", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.mora": ("adapters/mora.html#mora", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.mora_grad": ("adapters/mora.html#mora_grad", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.on_the_fly": ("adapters/mora.html#on_the_fly", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.one_product": ("adapters/mora.html#one_product", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.rotate": ("adapters/mora.html#rotate", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.rotation_table": (
+                "adapters/mora.html#rotation_table",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.side": ("adapters/mora.html#side", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.square_rank": ("adapters/mora.html#square_rank", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.times": ("adapters/mora.html#times", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.turned_blocks": (
+                "adapters/mora.html#turned_blocks",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.type_name": ("adapters/mora.html#type_name", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.used_rows": ("adapters/mora.html#used_rows", "lmlab/adapters/mora.py"),
+            "lmlab.adapters.mora.wrap_rows": ("adapters/mora.html#wrap_rows", "lmlab/adapters/mora.py"),
+        },
+        "lmlab.architectures.diff_transformer": {
+            "lmlab.architectures.diff_transformer.DiffAttn": (
+                "architectures/diff_transformer.html#diffattn",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffAttn.__init__": (
+                "architectures/diff_transformer.html#diffattn.__init__",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffAttn.forward": (
+                "architectures/diff_transformer.html#diffattn.forward",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerBlock": (
+                "architectures/diff_transformer.html#difftransformerblock",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerBlock.__init__": (
+                "architectures/diff_transformer.html#difftransformerblock.__init__",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerBlock.forward": (
+                "architectures/diff_transformer.html#difftransformerblock.forward",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerConfig": (
+                "architectures/diff_transformer.html#difftransformerconfig",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerConfig.__post_init__": (
+                "architectures/diff_transformer.html#difftransformerconfig.__post_init__",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerConfig.validate_architecture": (
+                "architectures/diff_transformer.html#difftransformerconfig.validate_architecture",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerForCausalLM": (
+                "architectures/diff_transformer.html#difftransformerforcausallm",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerForCausalLM.__init__": (
+                "architectures/diff_transformer.html#difftransformerforcausallm.__init__",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerForCausalLM.forward": (
+                "architectures/diff_transformer.html#difftransformerforcausallm.forward",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerModel": (
+                "architectures/diff_transformer.html#difftransformermodel",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerModel.__init__": (
+                "architectures/diff_transformer.html#difftransformermodel.__init__",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerModel._cache": (
+                "architectures/diff_transformer.html#difftransformermodel._cache",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerModel._masks": (
+                "architectures/diff_transformer.html#difftransformermodel._masks",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerModel.forward": (
+                "architectures/diff_transformer.html#difftransformermodel.forward",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerPreTrained": (
+                "architectures/diff_transformer.html#difftransformerpretrained",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.DiffTransformerPreTrained._init_weights": (
+                "architectures/diff_transformer.html#difftransformerpretrained._init_weights",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.Lambda": (
+                "architectures/diff_transformer.html#lambda",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.Lambda.__init__": (
+                "architectures/diff_transformer.html#lambda.__init__",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.Lambda._apply": (
+                "architectures/diff_transformer.html#lambda._apply",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.Lambda.forward": (
+                "architectures/diff_transformer.html#lambda.forward",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer._converted": (
+                "architectures/diff_transformer.html#_converted",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer._tiny": (
+                "architectures/diff_transformer.html#_tiny",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.causal": (
+                "architectures/diff_transformer.html#causal",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.check_finite": (
+                "architectures/diff_transformer.html#check_finite",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.check_pairs": (
+                "architectures/diff_transformer.html#check_pairs",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.contracts": (
+                "architectures/diff_transformer.html#contracts",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.diff_attention": (
+                "architectures/diff_transformer.html#diff_attention",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.diff_calls": (
+                "architectures/diff_transformer.html#diff_calls",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.diff_maps": (
+                "architectures/diff_transformer.html#diff_maps",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.diff_sdpa": (
+                "architectures/diff_transformer.html#diff_sdpa",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.from_diffllama": (
+                "architectures/diff_transformer.html#from_diffllama",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.from_llama": (
+                "architectures/diff_transformer.html#from_llama",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.head_norm": (
+                "architectures/diff_transformer.html#head_norm",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.lambda_init": (
+                "architectures/diff_transformer.html#lambda_init",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.paired_rows": (
+                "architectures/diff_transformer.html#paired_rows",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.paired_weights": (
+                "architectures/diff_transformer.html#paired_weights",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.rotate": (
+                "architectures/diff_transformer.html#rotate",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+            "lmlab.architectures.diff_transformer.stock_reference": (
+                "architectures/diff_transformer.html#stock_reference",
+                "lmlab/architectures/diff_transformer.py",
+            ),
+        },
         "lmlab.architectures.yoco": {
             "lmlab.architectures.yoco.CrossAttn": (
                 "architectures/yoco.html#crossattn",
@@ -795,24 +1348,60 @@ d = {
                 "core/check_adapter.html#adaptercase.adapted",
                 "lmlab/core/check_adapter.py",
             ),
-            "lmlab.core.check_adapter.AdapterCase.at": (
-                "core/check_adapter.html#adaptercase.at",
-                "lmlab/core/check_adapter.py",
-            ),
             "lmlab.core.check_adapter.AdapterCase.base": (
                 "core/check_adapter.html#adaptercase.base",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.frozen": (
+                "core/check_adapter.html#adaptercase.frozen",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.gradients": (
+                "core/check_adapter.html#adaptercase.gradients",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.loss": (
+                "core/check_adapter.html#adaptercase.loss",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.names": (
+                "core/check_adapter.html#adaptercase.names",
                 "lmlab/core/check_adapter.py",
             ),
             "lmlab.core.check_adapter.AdapterCase.need": (
                 "core/check_adapter.html#adaptercase.need",
                 "lmlab/core/check_adapter.py",
             ),
+            "lmlab.core.check_adapter.AdapterCase.nudge": (
+                "core/check_adapter.html#adaptercase.nudge",
+                "lmlab/core/check_adapter.py",
+            ),
             "lmlab.core.check_adapter.AdapterCase.out": (
                 "core/check_adapter.html#adaptercase.out",
                 "lmlab/core/check_adapter.py",
             ),
+            "lmlab.core.check_adapter.AdapterCase.saved": (
+                "core/check_adapter.html#adaptercase.saved",
+                "lmlab/core/check_adapter.py",
+            ),
             "lmlab.core.check_adapter.AdapterCase.trainable": (
                 "core/check_adapter.html#adaptercase.trainable",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.unchanged": (
+                "core/check_adapter.html#adaptercase.unchanged",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.with_options": (
+                "core/check_adapter.html#adaptercase.with_options",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.AdapterCase.wrap": (
+                "core/check_adapter.html#adaptercase.wrap",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._a_copy_is_independent": (
+                "core/check_adapter.html#_a_copy_is_independent",
                 "lmlab/core/check_adapter.py",
             ),
             "lmlab.core.check_adapter._a_fresh_adapter_is_the_identity": (
@@ -823,16 +1412,48 @@ d = {
                 "core/check_adapter.html#_a_saved_adapter_comes_back",
                 "lmlab/core/check_adapter.py",
             ),
+            "lmlab.core.check_adapter._a_step_under_autocast": (
+                "core/check_adapter.html#_a_step_under_autocast",
+                "lmlab/core/check_adapter.py",
+            ),
             "lmlab.core.check_adapter._an_adapted_model_generates": (
                 "core/check_adapter.html#_an_adapted_model_generates",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._an_unloaded_model_saves_and_loads": (
+                "core/check_adapter.html#_an_unloaded_model_saves_and_loads",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._another_shape_is_refused": (
+                "core/check_adapter.html#_another_shape_is_refused",
                 "lmlab/core/check_adapter.py",
             ),
             "lmlab.core.check_adapter._bad_adapter_settings_are_refused": (
                 "core/check_adapter.html#_bad_adapter_settings_are_refused",
                 "lmlab/core/check_adapter.py",
             ),
+            "lmlab.core.check_adapter._checkpointing_gives_the_same_gradients": (
+                "core/check_adapter.html#_checkpointing_gives_the_same_gradients",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._compiles_as_one_graph": (
+                "core/check_adapter.html#_compiles_as_one_graph",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._disabling_gives_the_base": (
+                "core/check_adapter.html#_disabling_gives_the_base",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._dropout_acts_only_in_training": (
+                "core/check_adapter.html#_dropout_acts_only_in_training",
+                "lmlab/core/check_adapter.py",
+            ),
             "lmlab.core.check_adapter._every_adapter_weight_learns": (
                 "core/check_adapter.html#_every_adapter_weight_learns",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._merged_weights_are_base_plus_delta": (
+                "core/check_adapter.html#_merged_weights_are_base_plus_delta",
                 "lmlab/core/check_adapter.py",
             ),
             "lmlab.core.check_adapter._merging_keeps_the_outputs": (
@@ -843,8 +1464,40 @@ d = {
                 "core/check_adapter.html#_merging_nan_is_refused",
                 "lmlab/core/check_adapter.py",
             ),
+            "lmlab.core.check_adapter._merging_twice_is_merging_once": (
+                "core/check_adapter.html#_merging_twice_is_merging_once",
+                "lmlab/core/check_adapter.py",
+            ),
             "lmlab.core.check_adapter._only_the_adapter_trains": (
                 "core/check_adapter.html#_only_the_adapter_trains",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._removing_leaves_the_base": (
+                "core/check_adapter.html#_removing_leaves_the_base",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._the_dtype_follows_the_base": (
+                "core/check_adapter.html#_the_dtype_follows_the_base",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._the_file_holds_only_the_adapter": (
+                "core/check_adapter.html#_the_file_holds_only_the_adapter",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._the_mode_follows_the_base": (
+                "core/check_adapter.html#_the_mode_follows_the_base",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._the_parameter_count_is_as_promised": (
+                "core/check_adapter.html#_the_parameter_count_is_as_promised",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._tied_embeddings_stay_tied": (
+                "core/check_adapter.html#_tied_embeddings_stay_tied",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter._two_adapters_do_not_interfere": (
+                "core/check_adapter.html#_two_adapters_do_not_interfere",
                 "lmlab/core/check_adapter.py",
             ),
             "lmlab.core.check_adapter._unloading_leaves_a_plain_model": (
@@ -857,6 +1510,18 @@ d = {
             ),
             "lmlab.core.check_adapter.check_adapter": (
                 "core/check_adapter.html#check_adapter",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.plain": (
+                "core/check_adapter.html#plain",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.refused": (
+                "core/check_adapter.html#refused",
+                "lmlab/core/check_adapter.py",
+            ),
+            "lmlab.core.check_adapter.tiny_gpt2": (
+                "core/check_adapter.html#tiny_gpt2",
                 "lmlab/core/check_adapter.py",
             ),
         },
@@ -877,6 +1542,10 @@ d = {
                 "core/check_attention.html#attentioncase.at",
                 "lmlab/core/check_attention.py",
             ),
+            "lmlab.core.check_attention.AttentionCase.call": (
+                "core/check_attention.html#attentioncase.call",
+                "lmlab/core/check_attention.py",
+            ),
             "lmlab.core.check_attention.AttentionCase.inputs": (
                 "core/check_attention.html#attentioncase.inputs",
                 "lmlab/core/check_attention.py",
@@ -885,8 +1554,20 @@ d = {
                 "core/check_attention.html#attentioncase.mask",
                 "lmlab/core/check_attention.py",
             ),
+            "lmlab.core.check_attention.AttentionCase.plain_module": (
+                "core/check_attention.html#attentioncase.plain_module",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.AttentionCase.right": (
+                "core/check_attention.html#attentioncase.right",
+                "lmlab/core/check_attention.py",
+            ),
             "lmlab.core.check_attention.AttentionCase.run": (
                 "core/check_attention.html#attentioncase.run",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention.AttentionCase.softmax": (
+                "core/check_attention.html#attentioncase.softmax",
                 "lmlab/core/check_attention.py",
             ),
             "lmlab.core.check_attention.AttentionCase.tol": (
@@ -897,8 +1578,36 @@ d = {
                 "core/check_attention.html#attentioncase.want",
                 "lmlab/core/check_attention.py",
             ),
+            "lmlab.core.check_attention.AttentionCase.with_width": (
+                "core/check_attention.html#attentioncase.with_width",
+                "lmlab/core/check_attention.py",
+            ),
             "lmlab.core.check_attention._a_query_that_sees_nothing_is_finite": (
                 "core/check_attention.html#_a_query_that_sees_nothing_is_finite",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._a_saved_model_comes_back": (
+                "core/check_attention.html#_a_saved_model_comes_back",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._a_training_step_equals_eager": (
+                "core/check_attention.html#_a_training_step_equals_eager",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._any_head_width_serves": (
+                "core/check_attention.html#_any_head_width_serves",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._any_mask_is_obeyed": (
+                "core/check_attention.html#_any_mask_is_obeyed",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._any_module_may_call": (
+                "core/check_attention.html#_any_module_may_call",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._asked_for_weights_it_says_what_it_has": (
+                "core/check_attention.html#_asked_for_weights_it_says_what_it_has",
                 "lmlab/core/check_attention.py",
             ),
             "lmlab.core.check_attention._attention_compiles_as_one_graph": (
@@ -929,16 +1638,100 @@ d = {
                 "core/check_attention.html#_attention_serves_a_stock_model",
                 "lmlab/core/check_attention.py",
             ),
+            "lmlab.core.check_attention._checkpointing_leaves_the_step_alone": (
+                "core/check_attention.html#_checkpointing_leaves_the_step_alone",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._dropout_is_obeyed_or_refused": (
+                "core/check_attention.html#_dropout_is_obeyed_or_refused",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._gradients_of_any_layout": (
+                "core/check_attention.html#_gradients_of_any_layout",
+                "lmlab/core/check_attention.py",
+            ),
             "lmlab.core.check_attention._large_scores_do_not_overflow": (
                 "core/check_attention.html#_large_scores_do_not_overflow",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._mask_of_transformers": (
+                "core/check_attention.html#_mask_of_transformers",
                 "lmlab/core/check_attention.py",
             ),
             "lmlab.core.check_attention._masked_keys_have_no_influence": (
                 "core/check_attention.html#_masked_keys_have_no_influence",
                 "lmlab/core/check_attention.py",
             ),
+            "lmlab.core.check_attention._masked_keys_may_hold_nan": (
+                "core/check_attention.html#_masked_keys_may_hold_nan",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._masks": (
+                "core/check_attention.html#_masks",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._masks_of_transformers_are_read": (
+                "core/check_attention.html#_masks_of_transformers_are_read",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._numbers_in_the_mask_are_added": (
+                "core/check_attention.html#_numbers_in_the_mask_are_added",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._other_dtypes_are_served_or_refused": (
+                "core/check_attention.html#_other_dtypes_are_served_or_refused",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._other_keywords_do_no_harm": (
+                "core/check_attention.html#_other_keywords_do_no_harm",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._pads_neither_get_nor_spoil_gradients": (
+                "core/check_attention.html#_pads_neither_get_nor_spoil_gradients",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._pieces_equal_the_whole": (
+                "core/check_attention.html#_pieces_equal_the_whole",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._situations": (
+                "core/check_attention.html#_situations",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._step": (
+                "core/check_attention.html#_step",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._stock": (
+                "core/check_attention.html#_stock",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._stock_config": (
+                "core/check_attention.html#_stock_config",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._switching_back_leaves_no_trace": (
+                "core/check_attention.html#_switching_back_leaves_no_trace",
+                "lmlab/core/check_attention.py",
+            ),
             "lmlab.core.check_attention._the_scale_is_obeyed": (
                 "core/check_attention.html#_the_scale_is_obeyed",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._the_scale_left_out_is_that_of_the_width": (
+                "core/check_attention.html#_the_scale_left_out_is_that_of_the_width",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._threads_leave_attention_alone": (
+                "core/check_attention.html#_threads_leave_attention_alone",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._values_may_have_a_width_of_their_own": (
+                "core/check_attention.html#_values_may_have_a_width_of_their_own",
+                "lmlab/core/check_attention.py",
+            ),
+            "lmlab.core.check_attention._weights_given_are_those_used": (
+                "core/check_attention.html#_weights_given_are_those_used",
                 "lmlab/core/check_attention.py",
             ),
             "lmlab.core.check_attention.check_attention": (
@@ -1163,6 +1956,105 @@ d = {
                 "lmlab/core/check_compression.py",
             ),
         },
+        "lmlab.core.check_data": {
+            "lmlab.core.check_data._a_missing_column_is_refused": (
+                "core/check_data.html#_a_missing_column_is_refused",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._columns_are_as_promised": (
+                "core/check_data.html#_columns_are_as_promised",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._comes_from_input": (
+                "core/check_data.html#_comes_from_input",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._corpus": ("core/check_data.html#_corpus", "lmlab/core/check_data.py"),
+            "lmlab.core.check_data._files": ("core/check_data.html#_files", "lmlab/core/check_data.py"),
+            "lmlab.core.check_data._global_generators_are_left_alone": (
+                "core/check_data.html#_global_generators_are_left_alone",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._ids": ("core/check_data.html#_ids", "lmlab/core/check_data.py"),
+            "lmlab.core.check_data._killed_and_resumed_is_straight": (
+                "core/check_data.html#_killed_and_resumed_is_straight",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._killing": ("core/check_data.html#_killing", "lmlab/core/check_data.py"),
+            "lmlab.core.check_data._long_stream": (
+                "core/check_data.html#_long_stream",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._memory_is_bounded": (
+                "core/check_data.html#_memory_is_bounded",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._missing_values_are_refused": (
+                "core/check_data.html#_missing_values_are_refused",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._nothing_gives_nothing": (
+                "core/check_data.html#_nothing_gives_nothing",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._odd_texts_pass_unharmed": (
+                "core/check_data.html#_odd_texts_pass_unharmed",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._one_row_works": (
+                "core/check_data.html#_one_row_works",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._one_seed_one_result": (
+                "core/check_data.html#_one_seed_one_result",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._options_change_nothing": (
+                "core/check_data.html#_options_change_nothing",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._order_is_as_declared": (
+                "core/check_data.html#_order_is_as_declared",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._refused": ("core/check_data.html#_refused", "lmlab/core/check_data.py"),
+            "lmlab.core.check_data._repeated_rows_are_rows": (
+                "core/check_data.html#_repeated_rows_are_rows",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._rows_are_those_of_the_input": (
+                "core/check_data.html#_rows_are_those_of_the_input",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._same": ("core/check_data.html#_same", "lmlab/core/check_data.py"),
+            "lmlab.core.check_data._shards_make_the_whole": (
+                "core/check_data.html#_shards_make_the_whole",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._stored_form_does_not_matter": (
+                "core/check_data.html#_stored_form_does_not_matter",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._streaming_is_the_same": (
+                "core/check_data.html#_streaming_is_the_same",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._the_input_is_untouched": (
+                "core/check_data.html#_the_input_is_untouched",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data._the_seed_matters_where_declared": (
+                "core/check_data.html#_the_seed_matters_where_declared",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data.check_data": (
+                "core/check_data.html#check_data",
+                "lmlab/core/check_data.py",
+            ),
+            "lmlab.core.check_data.in_child": ("core/check_data.html#in_child", "lmlab/core/check_data.py"),
+            "lmlab.core.check_data.listed": ("core/check_data.html#listed", "lmlab/core/check_data.py"),
+            "lmlab.core.check_data.odd_texts": ("core/check_data.html#odd_texts", "lmlab/core/check_data.py"),
+        },
         "lmlab.core.check_decoder": {
             "lmlab.core.check_decoder._generate_uses_the_processor": (
                 "core/check_decoder.html#_generate_uses_the_processor",
@@ -1222,12 +2114,56 @@ d = {
             ),
         },
         "lmlab.core.check_distillation": {
+            "lmlab.core.check_distillation._a_resumed_run_is_the_straight_run": (
+                "core/check_distillation.html#_a_resumed_run_is_the_straight_run",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._accumulated_batches_are_one_batch": (
+                "core/check_distillation.html#_accumulated_batches_are_one_batch",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._at_the_teacher_no_pair_is_special": (
+                "core/check_distillation.html#_at_the_teacher_no_pair_is_special",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._chosen_goes_up_and_rejected_down": (
+                "core/check_distillation.html#_chosen_goes_up_and_rejected_down",
+                "lmlab/core/check_distillation.py",
+            ),
             "lmlab.core.check_distillation._descent_reaches_the_teacher": (
                 "core/check_distillation.html#_descent_reaches_the_teacher",
                 "lmlab/core/check_distillation.py",
             ),
+            "lmlab.core.check_distillation._empty_responses_are_refused": (
+                "core/check_distillation.html#_empty_responses_are_refused",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._equals_dpo_of_trl": (
+                "core/check_distillation.html#_equals_dpo_of_trl",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._every_kept_position_counts": (
+                "core/check_distillation.html#_every_kept_position_counts",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._expected_gradient": (
+                "core/check_distillation.html#_expected_gradient",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._forked": (
+                "core/check_distillation.html#_forked",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._in_a_folder": (
+                "core/check_distillation.html#_in_a_folder",
+                "lmlab/core/check_distillation.py",
+            ),
             "lmlab.core.check_distillation._kept": (
                 "core/check_distillation.html#_kept",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._leaves": (
+                "core/check_distillation.html#_leaves",
                 "lmlab/core/check_distillation.py",
             ),
             "lmlab.core.check_distillation._loss_gradient_is_the_derivative": (
@@ -1246,20 +2182,124 @@ d = {
                 "core/check_distillation.html#_mean",
                 "lmlab/core/check_distillation.py",
             ),
+            "lmlab.core.check_distillation._model": (
+                "core/check_distillation.html#_model",
+                "lmlab/core/check_distillation.py",
+            ),
             "lmlab.core.check_distillation._nothing_kept_is_no_loss": (
                 "core/check_distillation.html#_nothing_kept_is_no_loss",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._of_pairs": (
+                "core/check_distillation.html#_of_pairs",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._only_ratios_to_the_teacher_count": (
+                "core/check_distillation.html#_only_ratios_to_the_teacher_count",
                 "lmlab/core/check_distillation.py",
             ),
             "lmlab.core.check_distillation._other_shapes_are_refused": (
                 "core/check_distillation.html#_other_shapes_are_refused",
                 "lmlab/core/check_distillation.py",
             ),
+            "lmlab.core.check_distillation._other_vocabularies_are_refused": (
+                "core/check_distillation.html#_other_vocabularies_are_refused",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._padding_changes_nothing": (
+                "core/check_distillation.html#_padding_changes_nothing",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._pair_case": (
+                "core/check_distillation.html#_pair_case",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._pair_gradient_is_the_derivative": (
+                "core/check_distillation.html#_pair_gradient_is_the_derivative",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._pair_loss_is_one_finite_number": (
+                "core/check_distillation.html#_pair_loss_is_one_finite_number",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._pairs_add_up_to_the_batch": (
+                "core/check_distillation.html#_pairs_add_up_to_the_batch",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._pairs_that_do_not_fit_are_refused": (
+                "core/check_distillation.html#_pairs_that_do_not_fit_are_refused",
+                "lmlab/core/check_distillation.py",
+            ),
             "lmlab.core.check_distillation._pieces_add_up_to_the_batch": (
                 "core/check_distillation.html#_pieces_add_up_to_the_batch",
                 "lmlab/core/check_distillation.py",
             ),
+            "lmlab.core.check_distillation._ratios_are_taken_in_float32": (
+                "core/check_distillation.html#_ratios_are_taken_in_float32",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._refused": (
+                "core/check_distillation.html#_refused",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._responses": (
+                "core/check_distillation.html#_responses",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._rows": (
+                "core/check_distillation.html#_rows",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._rows_without_a_response_are_refused": (
+                "core/check_distillation.html#_rows_without_a_response_are_refused",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._run": (
+                "core/check_distillation.html#_run",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._same_update": (
+                "core/check_distillation.html#_same_update",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._softmax_is_taken_in_float32": (
+                "core/check_distillation.html#_softmax_is_taken_in_float32",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._table": (
+                "core/check_distillation.html#_table",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._the_reference_gets_no_gradient": (
+                "core/check_distillation.html#_the_reference_gets_no_gradient",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._the_student_is_saved_alone": (
+                "core/check_distillation.html#_the_student_is_saved_alone",
+                "lmlab/core/check_distillation.py",
+            ),
             "lmlab.core.check_distillation._the_teacher_gets_no_gradient": (
                 "core/check_distillation.html#_the_teacher_gets_no_gradient",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._the_teacher_stays_as_it_is": (
+                "core/check_distillation.html#_the_teacher_stays_as_it_is",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._token_case": (
+                "core/check_distillation.html#_token_case",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._two_processes_are_one": (
+                "core/check_distillation.html#_two_processes_are_one",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._weights": (
+                "core/check_distillation.html#_weights",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation._words": (
+                "core/check_distillation.html#_words",
                 "lmlab/core/check_distillation.py",
             ),
             "lmlab.core.check_distillation._zero_at_the_teacher": (
@@ -1268,6 +2308,10 @@ d = {
             ),
             "lmlab.core.check_distillation.check_distillation": (
                 "core/check_distillation.html#check_distillation",
+                "lmlab/core/check_distillation.py",
+            ),
+            "lmlab.core.check_distillation.trl_dpo": (
+                "core/check_distillation.html#trl_dpo",
                 "lmlab/core/check_distillation.py",
             ),
         },
@@ -1793,6 +2837,10 @@ d = {
             "lmlab.core.compat.init_linear": ("core/compat.html#init_linear", "lmlab/core/compat.py"),
             "lmlab.core.compat.library_fields": ("core/compat.html#library_fields", "lmlab/core/compat.py"),
             "lmlab.core.compat.register": ("core/compat.html#register", "lmlab/core/compat.py"),
+            "lmlab.core.compat.register_attention": (
+                "core/compat.html#register_attention",
+                "lmlab/core/compat.py",
+            ),
         },
         "lmlab.core.corpora": {
             "lmlab.core.corpora._carve": ("core/corpora.html#_carve", "lmlab/core/corpora.py"),
@@ -2062,6 +3110,396 @@ d = {
             "lmlab.core.tasks.parity": ("core/tasks.html#parity", "lmlab/core/tasks.py"),
             "lmlab.core.tasks.recall": ("core/tasks.html#recall", "lmlab/core/tasks.py"),
             "lmlab.core.tasks.whole": ("core/tasks.html#whole", "lmlab/core/tasks.py"),
+        },
+        "lmlab.data.common": {
+            "lmlab.data.common.DSIR": ("data/common.html#dsir", "lmlab/data/common.py"),
+            "lmlab.data.common.DSIR.__call__": ("data/common.html#dsir.__call__", "lmlab/data/common.py"),
+            "lmlab.data.common.DSIR.__init__": ("data/common.html#dsir.__init__", "lmlab/data/common.py"),
+            "lmlab.data.common.DSIR._frequencies": (
+                "data/common.html#dsir._frequencies",
+                "lmlab/data/common.py",
+            ),
+            "lmlab.data.common.DSIR._weights": ("data/common.html#dsir._weights", "lmlab/data/common.py"),
+            "lmlab.data.common.DSIR.fit": ("data/common.html#dsir.fit", "lmlab/data/common.py"),
+            "lmlab.data.common.TokenLoss": ("data/common.html#tokenloss", "lmlab/data/common.py"),
+            "lmlab.data.common.TokenLoss.__call__": (
+                "data/common.html#tokenloss.__call__",
+                "lmlab/data/common.py",
+            ),
+            "lmlab.data.common.TokenLoss.__init__": (
+                "data/common.html#tokenloss.__init__",
+                "lmlab/data/common.py",
+            ),
+            "lmlab.data.common.TopK": ("data/common.html#topk", "lmlab/data/common.py"),
+            "lmlab.data.common.TopK.__init__": ("data/common.html#topk.__init__", "lmlab/data/common.py"),
+            "lmlab.data.common.TopK.add": ("data/common.html#topk.add", "lmlab/data/common.py"),
+            "lmlab.data.common.TopK.best": ("data/common.html#topk.best", "lmlab/data/common.py"),
+            "lmlab.data.common._beside": ("data/common.html#_beside", "lmlab/data/common.py"),
+            "lmlab.data.common._blob": ("data/common.html#_blob", "lmlab/data/common.py"),
+            "lmlab.data.common._column": ("data/common.html#_column", "lmlab/data/common.py"),
+            "lmlab.data.common._cut": ("data/common.html#_cut", "lmlab/data/common.py"),
+            "lmlab.data.common._dsir": ("data/common.html#_dsir", "lmlab/data/common.py"),
+            "lmlab.data.common._finite": ("data/common.html#_finite", "lmlab/data/common.py"),
+            "lmlab.data.common._installed": ("data/common.html#_installed", "lmlab/data/common.py"),
+            "lmlab.data.common._length": ("data/common.html#_length", "lmlab/data/common.py"),
+            "lmlab.data.common._lengths": ("data/common.html#_lengths", "lmlab/data/common.py"),
+            "lmlab.data.common._merge": ("data/common.html#_merge", "lmlab/data/common.py"),
+            "lmlab.data.common._numbers": ("data/common.html#_numbers", "lmlab/data/common.py"),
+            "lmlab.data.common._plan": ("data/common.html#_plan", "lmlab/data/common.py"),
+            "lmlab.data.common._rows": ("data/common.html#_rows", "lmlab/data/common.py"),
+            "lmlab.data.common._score_and_write": (
+                "data/common.html#_score_and_write",
+                "lmlab/data/common.py",
+            ),
+            "lmlab.data.common._score_missing": ("data/common.html#_score_missing", "lmlab/data/common.py"),
+            "lmlab.data.common._scored": ("data/common.html#_scored", "lmlab/data/common.py"),
+            "lmlab.data.common._shared_out": ("data/common.html#_shared_out", "lmlab/data/common.py"),
+            "lmlab.data.common._texts": ("data/common.html#_texts", "lmlab/data/common.py"),
+            "lmlab.data.common._tokens": ("data/common.html#_tokens", "lmlab/data/common.py"),
+            "lmlab.data.common._topk": ("data/common.html#_topk", "lmlab/data/common.py"),
+            "lmlab.data.common._window": ("data/common.html#_window", "lmlab/data/common.py"),
+            "lmlab.data.common._worker": ("data/common.html#_worker", "lmlab/data/common.py"),
+            "lmlab.data.common._write": ("data/common.html#_write", "lmlab/data/common.py"),
+            "lmlab.data.common._write_piece": ("data/common.html#_write_piece", "lmlab/data/common.py"),
+            "lmlab.data.common.batches": ("data/common.html#batches", "lmlab/data/common.py"),
+            "lmlab.data.common.classes": ("data/common.html#classes", "lmlab/data/common.py"),
+            "lmlab.data.common.column_of": ("data/common.html#column_of", "lmlab/data/common.py"),
+            "lmlab.data.common.contracts": ("data/common.html#contracts", "lmlab/data/common.py"),
+            "lmlab.data.common.draw": ("data/common.html#draw", "lmlab/data/common.py"),
+            "lmlab.data.common.good_texts": ("data/common.html#good_texts", "lmlab/data/common.py"),
+            "lmlab.data.common.groups": ("data/common.html#groups", "lmlab/data/common.py"),
+            "lmlab.data.common.grown": ("data/common.html#grown", "lmlab/data/common.py"),
+            "lmlab.data.common.gumbel": ("data/common.html#gumbel", "lmlab/data/common.py"),
+            "lmlab.data.common.gumbel_topk": ("data/common.html#gumbel_topk", "lmlab/data/common.py"),
+            "lmlab.data.common.leaked": ("data/common.html#leaked", "lmlab/data/common.py"),
+            "lmlab.data.common.letters": ("data/common.html#letters", "lmlab/data/common.py"),
+            "lmlab.data.common.minified": ("data/common.html#minified", "lmlab/data/common.py"),
+            "lmlab.data.common.mix64": ("data/common.html#mix64", "lmlab/data/common.py"),
+            "lmlab.data.common.ngrams": ("data/common.html#ngrams", "lmlab/data/common.py"),
+            "lmlab.data.common.planted": ("data/common.html#planted", "lmlab/data/common.py"),
+            "lmlab.data.common.powers": ("data/common.html#powers", "lmlab/data/common.py"),
+            "lmlab.data.common.rows_of": ("data/common.html#rows_of", "lmlab/data/common.py"),
+            "lmlab.data.common.score_piece": ("data/common.html#score_piece", "lmlab/data/common.py"),
+            "lmlab.data.common.score_stream": ("data/common.html#score_stream", "lmlab/data/common.py"),
+            "lmlab.data.common.select": ("data/common.html#select", "lmlab/data/common.py"),
+            "lmlab.data.common.select_dsir": ("data/common.html#select_dsir", "lmlab/data/common.py"),
+            "lmlab.data.common.select_loss_gap": ("data/common.html#select_loss_gap", "lmlab/data/common.py"),
+            "lmlab.data.common.select_perplexity": (
+                "data/common.html#select_perplexity",
+                "lmlab/data/common.py",
+            ),
+            "lmlab.data.common.select_random": ("data/common.html#select_random", "lmlab/data/common.py"),
+            "lmlab.data.common.share": ("data/common.html#share", "lmlab/data/common.py"),
+            "lmlab.data.common.tokens": ("data/common.html#tokens", "lmlab/data/common.py"),
+            "lmlab.data.common.uniform": ("data/common.html#uniform", "lmlab/data/common.py"),
+            "lmlab.data.common.with_scores": ("data/common.html#with_scores", "lmlab/data/common.py"),
+        },
+        "lmlab.data.pds": {
+            "lmlab.data.pds.DataScorer": ("data/pds.html#datascorer", "lmlab/data/pds.py"),
+            "lmlab.data.pds.DataScorer.__init__": ("data/pds.html#datascorer.__init__", "lmlab/data/pds.py"),
+            "lmlab.data.pds.DataScorer.encode": ("data/pds.html#datascorer.encode", "lmlab/data/pds.py"),
+            "lmlab.data.pds.DataScorer.fit": ("data/pds.html#datascorer.fit", "lmlab/data/pds.py"),
+            "lmlab.data.pds.DataScorer.forward": ("data/pds.html#datascorer.forward", "lmlab/data/pds.py"),
+            "lmlab.data.pds.DataScorer.from_pretrained": (
+                "data/pds.html#datascorer.from_pretrained",
+                "lmlab/data/pds.py",
+            ),
+            "lmlab.data.pds.DataScorer.load": ("data/pds.html#datascorer.load", "lmlab/data/pds.py"),
+            "lmlab.data.pds.DataScorer.save": ("data/pds.html#datascorer.save", "lmlab/data/pds.py"),
+            "lmlab.data.pds.DataScorer.score": ("data/pds.html#datascorer.score", "lmlab/data/pds.py"),
+            "lmlab.data.pds.DataScorer.score_batch": (
+                "data/pds.html#datascorer.score_batch",
+                "lmlab/data/pds.py",
+            ),
+            "lmlab.data.pds.Losses": ("data/pds.html#losses", "lmlab/data/pds.py"),
+            "lmlab.data.pds.Losses.__init__": ("data/pds.html#losses.__init__", "lmlab/data/pds.py"),
+            "lmlab.data.pds.Losses.forward": ("data/pds.html#losses.forward", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver": ("data/pds.html#pmpsolver", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver.__init__": ("data/pds.html#pmpsolver.__init__", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver._backward": ("data/pds.html#pmpsolver._backward", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver._diverged": ("data/pds.html#pmpsolver._diverged", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver._each": ("data/pds.html#pmpsolver._each", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver._forward": ("data/pds.html#pmpsolver._forward", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver._norms": ("data/pds.html#pmpsolver._norms", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver._products": ("data/pds.html#pmpsolver._products", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver._states": ("data/pds.html#pmpsolver._states", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver._step": ("data/pds.html#pmpsolver._step", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver._sum": ("data/pds.html#pmpsolver._sum", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver._table": ("data/pds.html#pmpsolver._table", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver._whole": ("data/pds.html#pmpsolver._whole", "lmlab/data/pds.py"),
+            "lmlab.data.pds.PMPSolver.solve": ("data/pds.html#pmpsolver.solve", "lmlab/data/pds.py"),
+            "lmlab.data.pds._plus": ("data/pds.html#_plus", "lmlab/data/pds.py"),
+            "lmlab.data.pds._weighted": ("data/pds.html#_weighted", "lmlab/data/pds.py"),
+            "lmlab.data.pds.add": ("data/pds.html#add", "lmlab/data/pds.py"),
+            "lmlab.data.pds.auroc": ("data/pds.html#auroc", "lmlab/data/pds.py"),
+            "lmlab.data.pds.contracts": ("data/pds.html#contracts", "lmlab/data/pds.py"),
+            "lmlab.data.pds.difference": ("data/pds.html#difference", "lmlab/data/pds.py"),
+            "lmlab.data.pds.differentiable": ("data/pds.html#differentiable", "lmlab/data/pds.py"),
+            "lmlab.data.pds.directional": ("data/pds.html#directional", "lmlab/data/pds.py"),
+            "lmlab.data.pds.hvp": ("data/pds.html#hvp", "lmlab/data/pds.py"),
+            "lmlab.data.pds.hvp_reverse": ("data/pds.html#hvp_reverse", "lmlab/data/pds.py"),
+            "lmlab.data.pds.mean_pool": ("data/pds.html#mean_pool", "lmlab/data/pds.py"),
+            "lmlab.data.pds.norm": ("data/pds.html#norm", "lmlab/data/pds.py"),
+            "lmlab.data.pds.optimal_weights": ("data/pds.html#optimal_weights", "lmlab/data/pds.py"),
+            "lmlab.data.pds.pad_rows": ("data/pds.html#pad_rows", "lmlab/data/pds.py"),
+            "lmlab.data.pds.project_simplex": ("data/pds.html#project_simplex", "lmlab/data/pds.py"),
+            "lmlab.data.pds.ranks": ("data/pds.html#ranks", "lmlab/data/pds.py"),
+            "lmlab.data.pds.refuse_random": ("data/pds.html#refuse_random", "lmlab/data/pds.py"),
+            "lmlab.data.pds.same_rows": ("data/pds.html#same_rows", "lmlab/data/pds.py"),
+            "lmlab.data.pds.select_pds": ("data/pds.html#select_pds", "lmlab/data/pds.py"),
+            "lmlab.data.pds.spearman": ("data/pds.html#spearman", "lmlab/data/pds.py"),
+            "lmlab.data.pds.standardise": ("data/pds.html#standardise", "lmlab/data/pds.py"),
+            "lmlab.data.pds.token_loss": ("data/pds.html#token_loss", "lmlab/data/pds.py"),
+        },
+        "lmlab.distillation.common": {
+            "lmlab.distillation.common.DistillationTrainer": (
+                "distillation/common.html#distillationtrainer",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.DistillationTrainer.__init__": (
+                "distillation/common.html#distillationtrainer.__init__",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.DistillationTrainer._get_num_items_in_batch": (
+                "distillation/common.html#distillationtrainer._get_num_items_in_batch",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.DistillationTrainer.compute_loss": (
+                "distillation/common.html#distillationtrainer.compute_loss",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.DistillationTrainer.get_batch_samples": (
+                "distillation/common.html#distillationtrainer.get_batch_samples",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.DistillationTrainer.items": (
+                "distillation/common.html#distillationtrainer.items",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.DistillationTrainer.prepare": (
+                "distillation/common.html#distillationtrainer.prepare",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.DistillationTrainer.sum_and_count": (
+                "distillation/common.html#distillationtrainer.sum_and_count",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.OnPolicyTrainer": (
+                "distillation/common.html#onpolicytrainer",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.OnPolicyTrainer.__init__": (
+                "distillation/common.html#onpolicytrainer.__init__",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.OnPolicyTrainer.prepare": (
+                "distillation/common.html#onpolicytrainer.prepare",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common._content": (
+                "distillation/common.html#_content",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.bare": (
+                "distillation/common.html#bare",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.baseline": (
+                "distillation/common.html#baseline",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.collate": (
+                "distillation/common.html#collate",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.contracts": (
+                "distillation/common.html#contracts",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.exact_match": (
+                "distillation/common.html#exact_match",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.fingerprint": (
+                "distillation/common.html#fingerprint",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.forward_kl": (
+                "distillation/common.html#forward_kl",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.generating": (
+                "distillation/common.html#generating",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.join": (
+                "distillation/common.html#join",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.jsd": ("distillation/common.html#jsd", "lmlab/distillation/common.py"),
+            "lmlab.distillation.common.kept": (
+                "distillation/common.html#kept",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.kl": ("distillation/common.html#kl", "lmlab/distillation/common.py"),
+            "lmlab.distillation.common.last_hidden": (
+                "distillation/common.html#last_hidden",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.lean_sequence_logps": (
+                "distillation/common.html#lean_sequence_logps",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.lean_token_logps": (
+                "distillation/common.html#lean_token_logps",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.log_softmaxes": (
+                "distillation/common.html#log_softmaxes",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.model_logps": (
+                "distillation/common.html#model_logps",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.nll": ("distillation/common.html#nll", "lmlab/distillation/common.py"),
+            "lmlab.distillation.common.plain_head": (
+                "distillation/common.html#plain_head",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.prompts_of": (
+                "distillation/common.html#prompts_of",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.read_shard": (
+                "distillation/common.html#read_shard",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.reverse_kl": (
+                "distillation/common.html#reverse_kl",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.rouge_l": (
+                "distillation/common.html#rouge_l",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.same_vocabulary": (
+                "distillation/common.html#same_vocabulary",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.sample_responses": (
+                "distillation/common.html#sample_responses",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.sequence_logps": (
+                "distillation/common.html#sequence_logps",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.spread": (
+                "distillation/common.html#spread",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.teacher_responses": (
+                "distillation/common.html#teacher_responses",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.token_logps": (
+                "distillation/common.html#token_logps",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.wide": (
+                "distillation/common.html#wide",
+                "lmlab/distillation/common.py",
+            ),
+            "lmlab.distillation.common.write_shard": (
+                "distillation/common.html#write_shard",
+                "lmlab/distillation/common.py",
+            ),
+        },
+        "lmlab.distillation.dpkd": {
+            "lmlab.distillation.dpkd.DPKDTrainer": (
+                "distillation/dpkd.html#dpkdtrainer",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.__init__": (
+                "distillation/dpkd.html#dpkdtrainer.__init__",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.ask_teacher": (
+                "distillation/dpkd.html#dpkdtrainer.ask_teacher",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.cut": (
+                "distillation/dpkd.html#dpkdtrainer.cut",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.cut_some": (
+                "distillation/dpkd.html#dpkdtrainer.cut_some",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.items": (
+                "distillation/dpkd.html#dpkdtrainer.items",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.log": (
+                "distillation/dpkd.html#dpkdtrainer.log",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.pair_sum": (
+                "distillation/dpkd.html#dpkdtrainer.pair_sum",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.place": (
+                "distillation/dpkd.html#dpkdtrainer.place",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.prepare": (
+                "distillation/dpkd.html#dpkdtrainer.prepare",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.score_chosen": (
+                "distillation/dpkd.html#dpkdtrainer.score_chosen",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.student_text": (
+                "distillation/dpkd.html#dpkdtrainer.student_text",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.sum_and_count": (
+                "distillation/dpkd.html#dpkdtrainer.sum_and_count",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.DPKDTrainer.token_sum": (
+                "distillation/dpkd.html#dpkdtrainer.token_sum",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd._checked": (
+                "distillation/dpkd.html#_checked",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.check_pairs": (
+                "distillation/dpkd.html#check_pairs",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.choice": ("distillation/dpkd.html#choice", "lmlab/distillation/dpkd.py"),
+            "lmlab.distillation.dpkd.column": ("distillation/dpkd.html#column", "lmlab/distillation/dpkd.py"),
+            "lmlab.distillation.dpkd.contracts": (
+                "distillation/dpkd.html#contracts",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.dpkd_loss": (
+                "distillation/dpkd.html#dpkd_loss",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.dpkd_token_loss": (
+                "distillation/dpkd.html#dpkd_token_loss",
+                "lmlab/distillation/dpkd.py",
+            ),
+            "lmlab.distillation.dpkd.scores": ("distillation/dpkd.html#scores", "lmlab/distillation/dpkd.py"),
+            "lmlab.distillation.dpkd.unrepeated": (
+                "distillation/dpkd.html#unrepeated",
+                "lmlab/distillation/dpkd.py",
+            ),
         },
     },
 }
