@@ -205,12 +205,16 @@ class Chapter:
         self,
         fig,  # a matplotlib figure
         name: str,  # file name without ending
-    ):  # the same figure, so that the cell shows it
-        "Keep a copy of a figure beside the results"
+    ):
+        "Show a figure, once, and keep a copy beside the results"
+        from IPython.display import display
+        from matplotlib.pyplot import close
+
         if not name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name: {name!r}; letters, digits, - and _ are allowed")
         fig.savefig(self.out / f"{name}.png", bbox_inches="tight", dpi=120)
-        return fig
+        close(fig)  # an open figure is shown again at the end of its cell
+        display(fig)
 
     def report(self) -> Table:
         "Paper says / we measured / verdict"
