@@ -1,5 +1,6 @@
 """What an importer pays and what a wheel carries: light imports, everything inside, and no need for a compiler."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import lmlab
 from lmlab.core.ledger import built, catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,15 +31,23 @@ def test_import_is_light(python):
         assert best < 0.2, f"import {name} took {best:.2f} s"
 
 
-def test_a_chapter_brings_only_what_it_needs(python):
+def trains(module):
+    "Does it hand over a trainer of `transformers`, which brings `datasets` along?"
+    tree = ast.parse(Path(lmlab.__file__).parent.joinpath(*module.split(".")).with_suffix(".py").read_text())
+    bases = [ast.unparse(b) for o in tree.body if isinstance(o, ast.ClassDef) for b in o.bases]
+    return any(b.endswith("Trainer") for b in bases)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_chapter_brings_only_what_it_needs(python, training):
     "Figures, datasets, servers and notebooks are for those who draw, load and run"
-    chapters = [p for p in catalogue().values() if built(p.slug)]
+    chapters = [f"{p.part}.{p.slug}" for p in catalogue().values() if built(p.slug)]
+    chapters = [o for o in chapters if trains(o) == training]
     if not chapters:
         pytest.skip("no chapter is written yet")
-    lines = [f"import lmlab.{p.part}.{p.slug}" for p in chapters]
+    lines = [f"import lmlab.{o}" for o in chapters]
     heavy = [
         "matplotlib",
-        "datasets",
         "papermill",
         "nbclient",
         "IPython",
@@ -45,9 +55,10 @@ def test_a_chapter_brings_only_what_it_needs(python):
         "sphinx",
         "faiss",
         "soundfile",
-        "pandas",
+        "trl",
         "tensorflow",
     ]
+    heavy += [] if training else ["datasets", "pandas"]
     out = python(
         "\n".join(["import sys", *lines, f"print('found', *[m for m in {heavy} if m in sys.modules])"])
     )
