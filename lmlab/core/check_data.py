@@ -74,7 +74,7 @@ def check_data(
     options: tuple = (),  # dicts of keyword arguments that must change nothing: a batch size, a number of processes
     merge=None,  # (list of shards, seed) -> ds, equal to `function` of the whole; None: not declared
     write=None,  # (ds, seed, folder): writes its result there and can be killed and run again; None: writes nothing
-    megabytes: float = 80,  # memory that it may take beyond 16 bytes a row, on any stream
+    megabytes: float = 48,  # memory that it may take beyond 16 bytes a row, on any stream
     corpus=None,  # () -> Dataset with columns `id` and what it needs; None: `odd_texts`
     label: str = "",
     only: tuple = (),
