@@ -6,7 +6,7 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: reproduce test setup export index docs lint
+.PHONY: reproduce test setup system export index docs lint
 
 reproduce: $(READY)
 	$(BIN)/lmlab run yoco --scale smoke
@@ -15,6 +15,9 @@ test: $(READY)
 	$(BIN)/python -m pytest tests
 
 setup: $(READY)
+
+system:                 ## chromium and espeak-ng, for what needs them (apt-get, as root)
+	.ci/system
 
 $(READY): settings.ini setup.py .ci/constraints.txt $(wildcard kernels/*.cpp kernels/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -397,6 +397,9 @@ KINDS = dict(
     decoder="check_decoder",
     distillation="check_distillation",
     data="check_data",
+    retriever="check_retriever",
+    prompting="check_prompting",
+    speech="check_speech",
 )  # kind -> the module of `lmlab.core` that holds `check_<kind>`
 
 
