@@ -128,14 +128,20 @@ static Paths<Path> paths() {
     Paths<Path> p;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    static const Path wide = {"avx512", {avx512::kernels<float>(), avx512::kernels<bf16>()}};
-    static const Path plain = {"avx2", {avx2::kernels<float>(), avx2::kernels<bf16>()}};
+    if (level >= AVX512) {  // a table is filled by code that uses what the path uses
 #ifdef LMLAB_AVX512BF16
-    static const Path pairs = {"avx512bf16", {avx512::kernels<float>(), avx512bf16::kernels<bf16>()}};
-    if (level >= AVX512 && __builtin_cpu_supports("avx512bf16")) p.add(pairs);
+        if (__builtin_cpu_supports("avx512bf16")) {
+            static const Path pairs = {"avx512bf16", {avx512::kernels<float>(), avx512bf16::kernels<bf16>()}};
+            p.add(pairs);
+        }
 #endif
-    if (level >= AVX512) p.add(wide);
-    if (level >= AVX2) p.add(plain);
+        static const Path wide = {"avx512", {avx512::kernels<float>(), avx512::kernels<bf16>()}};
+        p.add(wide);
+    }
+    if (level >= AVX2) {
+        static const Path plain = {"avx2", {avx2::kernels<float>(), avx2::kernels<bf16>()}};
+        p.add(plain);
+    }
 #elif defined(__aarch64__)
     static const Path neon = {"neon", {neon::kernels<float>(), neon::kernels<bf16>()}};
     p.add(neon);

@@ -390,13 +390,20 @@ static Paths<Path> paths() {
     Paths<Path> p;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    static const Path wide = avx512::path("avx512"), plain = avx2::path("avx2");
-    if (level >= AVX512 && __builtin_cpu_supports("avx512vnni")) p.add(wide);
+    if (level >= AVX512 && __builtin_cpu_supports("avx512vnni")) {  // a table is filled by code that uses what the path uses
+        static const Path wide = avx512::path("avx512");
+        p.add(wide);
+    }
 #ifdef LMLAB_AVXVNNI
-    static const Path vnni = avxvnni::path("avxvnni");
-    if (level >= AVX2 && __builtin_cpu_supports("avxvnni")) p.add(vnni);
+    if (level >= AVX2 && __builtin_cpu_supports("avxvnni")) {
+        static const Path vnni = avxvnni::path("avxvnni");
+        p.add(vnni);
+    }
 #endif
-    if (level >= AVX2) p.add(plain);
+    if (level >= AVX2) {
+        static const Path plain = avx2::path("avx2");
+        p.add(plain);
+    }
 #endif
     static const Path any = base::path("base");
     p.add(any);
