@@ -103,7 +103,7 @@ def python():
             cwd=tempfile.gettempdir(),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         assert p.returncode == 0, p.stderr
         return p.stdout

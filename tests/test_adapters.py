@@ -14,7 +14,7 @@ from lmlab.core.check import tiny_llama
 def test_two_processes_train_as_one(tmp_path):
     job = Path(__file__).parent / "_adapter_job.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(job), str(tmp_path)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*torchrun, str(job), str(tmp_path)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "world 2, 10 tensors trained" in done.stdout, done.stdout
     model = load_adapter(LlamaForCausalLM(tiny_llama()), tmp_path)

@@ -134,7 +134,7 @@ def test_same_in_every_process(tmp_path):
         python(f"import sys; sys.argv = ['', {str(tmp_path / p)!r}]; {code}", PYTHONHASHSEED=h)
         for p, h in (("a", "1"), ("b", "2"))
     ]
-    a, b = (r.communicate(timeout=120)[0] for r in runs)
+    a, b = (r.communicate(timeout=600)[0] for r in runs)
     assert a == b and "text of 0.txt" in a
 
 
@@ -148,7 +148,7 @@ model, tok = nano.nano_lm(size="pico", steps=2, source="pydoc", progress=False)
 print("weight", sum(p.double().sum().item() for p in model.parameters()))
 """
     runs = [python(code, LMLAB_CACHE=str(tmp_path)) for _ in range(2)]
-    out = "".join(r.communicate(timeout=300)[0] for r in runs).split("\n")
+    out = "".join(r.communicate(timeout=900)[0] for r in runs).split("\n")
     assert [r.returncode for r in runs] == [0, 0]
     assert out.count("trained") == 1
     weights = [line for line in out if line.startswith("weight")]

@@ -321,7 +321,7 @@ def chromium(tmp_path, *args):
         "--virtual-time-budget=20000",
         *args,
     ]
-    return subprocess.run(run, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(run, capture_output=True, text=True, timeout=600).stdout
 
 
 @pytest.fixture(scope="session")

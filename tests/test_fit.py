@@ -27,7 +27,7 @@ JOB = Path(job.__file__)
 def start(*argv, **env):
     env = os.environ | dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", LMLAB_QUIET="1") | env
     p = subprocess.run(
-        [sys.executable, *map(str, argv)], env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, argv)], env=env, capture_output=True, text=True, timeout=900
     )
     assert p.returncode == 0, p.stdout[-2000:] + p.stderr[-4000:]
 

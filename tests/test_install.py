@@ -85,7 +85,7 @@ def build(tmp, **env):
         env=os.environ | offline | env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     p = run("wheel", "--no-index", "--no-build-isolation", "--no-deps", "-v", "-w", tmp, src)
     assert p.returncode == 0, p.stdout[-3000:] + p.stderr[-3000:]
