@@ -445,7 +445,7 @@ def _sampling(heat, top_p, seeds, device):
                     for g in self.rngs
                 ]
             )
-            return scores - u.clamp(min=1e-300).neg().mul(-1).log().neg().log().to(scores.dtype)
+            return scores - u.clamp(min=1e-300).log().neg().log().to(scores.dtype)
 
     return [TemperatureLogitsWarper(heat), *([TopPLogitsWarper(top_p)] if top_p else []), Gumbel()]
 
