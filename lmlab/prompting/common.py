@@ -25,7 +25,7 @@ __all__ = [
     "ChatError",
     "ServerChat",
     "plain_text",
-    "spans_of",
+    "announced",
     "final_answer",
     "Transcript",
     "run",
@@ -37,6 +37,7 @@ __all__ = [
     "prompt",
     "grade",
     "solve",
+    "contracts",
 ]
 
 # %% ../../nbs/prompting/common.ipynb #8c31f256
@@ -770,25 +771,29 @@ def plain_text(
     )
     text = re.sub(r"[\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff\x00]", "", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"\*+|`+|\$+|(?<!\w)_+|_+(?!\w)|^\s*#+\s", "", text, flags=re.M)
+    return re.sub(r"\*+|`+|\$+|(?<!\w)_+|_+(?!\w)|^[ \t]*#+[ \t]", "", text, flags=re.M)
 
 
-def spans_of(
+def announced(
     text: str,  # without markup
-) -> list:  # of (start, stop, what stands there), in their order
-    "The places of a text in which an answer is announced"
-    out = [(m.start(), m.end(), None) for m in MARKER.finditer(text)]
-    out = [
-        (a, len(text) if (end := text.find("\n\n", b)) < 0 else end, text[b : len(text) if end < 0 else end])
-        for a, b, _ in out
-    ]
-    for m in re.finditer(r"\\boxed\s*\{", text):
-        depth, i = 1, m.end()
-        while i < len(text) and depth:
-            depth, i = depth + (text[i] == "{") - (text[i] == "}"), i + 1
-        if not depth:
-            out.append((m.start(), i, text[m.end() : i - 1]))
-    return sorted(out, key=lambda o: (o[0], o[1]))
+):  # what stands there, and what follows; None: nowhere
+    "The last place of a text in which an answer is announced"
+    best, opened = None, []
+    for m in MARKER.finditer(text):
+        best = m.start(), m.end(), None
+    for m in re.finditer(r"\\boxed\s{0,9}\{|[{}]", text):
+        if m[0] != "}":
+            opened.append(m)
+        elif opened and (o := opened.pop())[0] != "{" and (best is None or o.start() > best[0]):
+            best = o.start(), o.end(), m.start()
+    if best is None:
+        return None
+    _, start, stop = best
+    if stop is None:
+        stop = end if (end := text.find("\n\n", start)) >= 0 else len(text)
+        if not text[start:stop].strip():  # the answer may stand below an empty line
+            stop = len(text)
+    return text[start:stop], text[stop:]
 
 
 def final_answer(
@@ -801,12 +806,9 @@ def final_answer(
     if not text.strip():
         return None
     read = _reader(choices, pattern)
-    if found := spans_of(text):
-        start, stop, span = found[-1]
-        first, rest = _sentence(span)
-        if not first and "\n" not in span.strip() and span.strip():
-            first, rest = span.strip(), ""
-        tail = f"{re.sub('^(actually|indeed|thus)[ ,]+', '', first, flags=re.I)}\n{rest}\n{text[stop:]}"
+    if found := announced(text):
+        first, rest = _sentence(found[0])
+        tail = f"{re.sub('^(actually|indeed|thus)[ ,]+', '', first, flags=re.I)}\n{rest}\n{found[1]}"
         if REFUSAL.search(tail) or RETRACTION.search(tail):
             return None
         return read(first, True)
@@ -1642,3 +1644,25 @@ def solve(
         steps.append(f"{a} + {b} = {a + b}.")
     last = item["answer"] if item["kind"] == "sum" else "ABC"[ORDER.index(item["answer"])]
     return "\n".join((steps if setting == "cot" else []) + [f"Answer: {last}"])
+
+
+# %% ../../nbs/prompting/common.ipynb #facdf3d0
+def contracts():
+    "What the shared checkers test"
+    functions = SimpleNamespace(make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve)
+    luck = dict(chance=dict(sum=1 / 40, compare=1 / 3), constants=dict(compare=("A", "B", "C")))
+    fields = dict(answers=("answer",), needs=("kind", "numbers", "other", "answer"))
+    return [
+        ("prompting", "sums", dict(functions=functions, kinds=KINDS, settings=SETTINGS) | luck | fields),
+        (
+            "prompting",
+            "longer sums",
+            dict(
+                functions=functions,
+                kinds=("sum",),
+                settings=SETTINGS,
+                chance=dict(sum=1 / 40),
+                make=dict(sum=dict(n=30, terms=9)),
+            ),
+        ),
+    ]
