@@ -9,6 +9,7 @@ __all__ = [
     "MARKER",
     "REFUSAL",
     "RETRACTION",
+    "CHOOSES",
     "AFTER_A",
     "KINDS",
     "SETTINGS",
@@ -743,7 +744,11 @@ REFUSAL = re.compile(
 )
 RETRACTION = re.compile(
     r"\bwait\b|\bactually\b|\bscratch that\b|\bcorrection\b|\bon second thought\b|\bmy mistake\b|\bI (?:was|am) (?:wrong|mistaken)\b|\bI'm (?:wrong|mistaken)\b"
-    r"|\b(?:that|this|it)(?:'s| is| was)\s+(?:wrong|incorrect|not (?:right|correct))\b|\b(?:ignore|disregard|forget) (?:that|this|the above)\b|\bI take (?:that|it) back\b|(?:^|[.!?]\s)no[,.!]\s",
+    r"|\b(?:that|this|it)(?:'s| is| was)\s+(?:wrong|incorrect|not (?:right|correct))\b|\b(?:ignore|disregard|forget) (?:that|this|the above)\b|\bI take (?:that|it) back\b|(?:^|[.!?\n])\s*no\s*[,.!](?:\s|$)",
+    re.I,
+)
+CHOOSES = re.compile(
+    r"\b(?:therefore|thus|hence|so|conclude[sd]?|choose|chose|select|pick|option|choice|must be|should be)\b",
     re.I,
 )
 AFTER_A = {
@@ -805,21 +810,27 @@ def final_answer(
     text = plain_text(text)
     if not text.strip():
         return None
-    read = _reader(choices, pattern)
+    read, doubt = _reader(choices, pattern), lambda o: REFUSAL.search(o) or RETRACTION.search(o)
     if found := announced(text):
         first, rest = _sentence(found[0])
         tail = f"{re.sub('^(actually|indeed|thus)[ ,]+', '', first, flags=re.I)}\n{rest}\n{found[1]}"
-        if REFUSAL.search(tail) or RETRACTION.search(tail):
-            return None
-        return read(first, True)
+        lines = [o.strip() for o in (rest + found[1]).split("\n") if o.strip()]
+        if doubt(tail):  # taken back, unless the last line has a new answer
+            return (
+                None
+                if choices is pattern is None or not lines or doubt(lines[-1])
+                else read(lines[-1], False)
+            )
+        got = read(first, True)
+        if choices is pattern is None:
+            return got
+        return got if not lines or read(lines[-1], None) in (None, got) else None
     lines = [o.strip() for o in text.split("\n") if o.strip()]
-    if REFUSAL.search(lines[-1]) or RETRACTION.search(lines[-1]):
-        return None
-    if choices is None and pattern is None:
+    if doubt(lines[-1]) or choices is pattern is None:
         return None
     if (got := read(lines[-1], False)) is not None:
         return got
-    if len(lines[-1]) < 3 or REFUSAL.search(text) or RETRACTION.search(text):
+    if doubt(text):
         return None
     alone = [got for o in lines if (got := read(o, None)) is not None]
     return alone[-1] if len(set(alone)) == 1 else None
@@ -924,6 +935,8 @@ def _read_choice(letters, words, o, expected):
         or re.search(r"\b(?:not|neither|nor|never)\b|n't\b", o, re.I)
         and not words.keys() & {"neither", "not"}
     ):
+        return None
+    if not expected and not CHOOSES.search(o):
         return None
     named = set()
     for m in re.finditer(
@@ -1098,8 +1111,6 @@ def _jobs(items, prompt, setting, samples, settings):
 
 def _ask_all(chat, jobs, book, seeded, temperature, workers, budget, give_up, progress):
     "Make the calls that are not in the transcript, as far as the budget goes"
-    from lmlab.core.fit import progress_bar
-
     unique = {j.key: j for j in jobs.values()}
     todo, spent, row = [], 0, 0
     for j in unique.values():
@@ -1128,13 +1139,20 @@ def _ask_all(chat, jobs, book, seeded, temperature, workers, budget, give_up, pr
             )
         bar.update(1)
 
-    with progress_bar(
-        quiet=not progress, total=len(unique), initial=len(unique) - len(todo), unit="call"
-    ) as bar:
+    with _bar(progress, total=len(unique), initial=len(unique) - len(todo), unit="call") as bar:
         if hasattr(chat, "many"):
             _in_batches(chat, todo, sampling, keep, go_on)
         else:
             _in_threads(chat, todo, sampling, keep, go_on, workers)
+
+
+def _bar(progress, **kw):
+    "The bar of `lmlab.core.fit`, which imports torch, or nothing"
+    if not progress:
+        return contextlib.nullcontext(SimpleNamespace(update=lambda n: None))
+    from lmlab.core.fit import progress_bar
+
+    return progress_bar(**kw)
 
 
 def _in_batches(chat, todo, sampling, keep, go_on):
