@@ -233,7 +233,7 @@ TWINS = [
     (env(constants=dict(compare=("A", "B", "C", "D"))), "a_constant_is_chance"),
     (env(grade=graded(no_zero)), "noise_is_survived"),
     (env(grade=graded(any_digit)), "noise_is_survived"),
-    (env(grade=graded(slow)), "noise_is_survived"),
+    (env(grade=graded(slow), kind=("sum",)), "noise_is_survived"),
     (env(grade=refusals_are_wrong), "a_solver_scores_one"),
     (env(solve=sloppy), "a_solver_scores_one"),
     (env(grade=every_other), "workers_change_nothing"),
