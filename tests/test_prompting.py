@@ -365,10 +365,8 @@ def test_a_bad_argument_of_a_server_is_refused(kw, says):
     assert "pw" not in str(e.value) and "a b" not in str(e.value)
 
 
-@pytest.mark.parametrize("bad", [None, [], "", [dict(role="user")], [dict(role="me", content="x")]])
+@pytest.mark.parametrize("bad", [None, [], 5, [dict(role="user")], [dict(role="me", content="x")]])
 def test_bad_messages_are_never_sent(server, bad):
-    if bad == "":
-        pytest.skip("a blank question of a user")
     with pytest.raises(ValueError, match="messages"):
         server.chat()(bad)
     assert server.seen == []
@@ -452,9 +450,10 @@ def test_draws_follow_the_softmax(tiny):
 
     model, tok = tiny
     ids = torch.tensor([tok("User: hi \n\nAssistant:", add_special_tokens=False)["input_ids"]])
-    p = (model(ids).logits[0, -1] / 0.1).double().softmax(-1)
+    logits = model(ids).logits[:, -1].detach()
+    p = (logits[0] / 0.1).double().softmax(-1)
     gumbel = common._sampling(0.1, None, list(range(4000)), "cpu")
-    scores = model(ids).logits[:, -1].expand(4000, -1)
+    scores = logits.expand(4000, -1)
     for f in gumbel:
         scores = f(None, scores)
     seen = torch.bincount(scores.argmax(-1), minlength=len(p)).double()

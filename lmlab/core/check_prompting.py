@@ -461,7 +461,7 @@ def noise(
         "**" * 20_000,
         "A" * 100_000,
         "1" * 100_000,
-        "a b " * 50_000,
+        "a b " * 20_000,
         "\n" * 20_000,
         "answer is " * 5000,
         "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
