@@ -38,6 +38,7 @@ __all__ = [
     "Report",
     "compare",
     "majority",
+    "evaluate",
     "contracts",
 ]
 
@@ -1667,9 +1668,22 @@ class majority:
 
 
 # %% ../../nbs/prompting/common.ipynb #facdf3d0
+def evaluate(
+    chat: Callable,  # messages -> str
+    tasks,  # of `make_tasks`
+    setting: str = "cot",  # one of `SETTINGS`
+    workers: int = 8,  # calls at a time
+    **how,  # of `run`
+) -> Report:
+    "Ask and grade"
+    return run(chat, tasks, prompt, grade, setting=setting, workers=workers, **how)
+
+
 def contracts():
     "What the shared checkers test"
-    functions = SimpleNamespace(make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve)
+    functions = SimpleNamespace(
+        make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve, evaluate=evaluate
+    )
     luck = dict(chance=dict(sum=1 / 40, compare=1 / 3), constants=dict(compare=("A", "B", "C")))
     fields = dict(answers=("answer",), needs=("kind", "numbers", "other", "answer"))
     return [
