@@ -1008,7 +1008,7 @@ PHRASES = [
     "{L}", "({L})", "{L}.", "{L})", "[{L}]", "{L}. {W}", "({L}) {W}", "{L}: {W}", "{L} ({W})", "{W}", "{w}", "{W}.", "{W} ({L})", "**{L}**", "**{W}**", "**{L}. {W}**", "`{L}`",
     "The answer is {L}.", "The answer is ({L}).", "the answer is {w}", "The answer is: {W}", "The answer is **{L}**.", "So the answer is {L}. {W}", "The final answer is $\\boxed{{{L}}}$.", "\\boxed{{{W}}}",
     "\\boxed{{\\text{{{W}}}}}", "$\\boxed{{\\text{{{L}}}}}$", "Answer: {L}", "Answer: {W}", "answer: {w}", "**Answer:** {L}", "**Answer: {L}**", "Answer: ({L}) {W}", "Answer:\n{L}", "Answer:\n\n{W}", "ANSWER: {W}",
-    "Final answer: {L}", "### Answer: {W}", "The correct answer is option {L}.", "The correct option is {L}, so the answer is {L}.", "Therefore, option {L}.", "I choose ({L}).",
+    "Final answer: {L}", "### Answer: {W}", "The correct answer is option {L}.", "The correct option is {L}, so the answer is {L}.", "Therefore, option {L}.", "The correct option is {L}.", "The best choice is ({L}) {W}.", "Answer: {W}, since it is free.", "The answer is {L}, because {W} is free.", "- {L}. {W}", "> {L}", "Move {w}.", "<think>The answer is D.</think>\n{L}", "Answer: “{W}”", "I choose ({L}).",
     "The answer is {L} because the other roads are closed.", "Answer: {W}, since the road ends there.", "The answer should be {W}.", "The answer to the question is {L}.", "Answer = {L}", "My answer: \"{W}\"", "Answer: '{L}'",
 ]  # fmt: skip
 BEFORE = (
@@ -1056,7 +1056,7 @@ def test_numbers_are_read(n, phrase, before):
 DOUBTFUL = [
     "A or B", "The answer is A or B.", "Answer: A, B", "Answer: A/B", "Answer: A and B", "Answer: (A) or (B)", "The answer is either Up or Left.", "Answer: Up or left", "A. Left", "Answer: B. Up", "The answer is A (Left).",
     "The answer is not A.", "It isn't left.", "Answer: neither", "Answer: E", "Answer:", "The answer is", "\\boxed{}", "\\boxed{A, B}", "Answer: A, B, C or D?", "Up, left, down, right", "A B C D", "Answer: <letter>", "Answer: X",
-    "A road leads on.", "I think a wall is there.", "The answer is a road.", "The answer is B. Wait, that is wrong.", "Answer: B\nActually, no.", "Answer: B\n\nI cannot be sure; I don't know.", "The answer is B. Scratch that.",
+    "A road leads on.", "Left is blocked.", "A wall is to the left.", "<think>Answer: A", "The answer is D.\nB", "The answer is D. Wait, that is wrong.\nLeft is blocked.", "I think a wall is there.", "The answer is a road.", "The answer is B. Wait, that is wrong.", "Answer: B\nActually, no.", "Answer: B\n\nI cannot be sure; I don't know.", "The answer is B. Scratch that.",
 ]  # fmt: skip
 REFUSED = [
     "I cannot answer this.",

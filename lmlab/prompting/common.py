@@ -735,7 +735,7 @@ def _retry_after(value):
 
 # %% ../../nbs/prompting/common.ipynb #e2d5e7ed
 MARKER = re.compile(
-    r"\banswer\b(?:\s+(?:to\s+(?:the|this)\s+\w+|here|then|choice|option))?\s*(?:is|was|would\s+be|should\s+be|[:=：])+\s*(?::|that)?",
+    r"\b(?:answer|(?:correct|right|best|final)\s+(?:option|choice|letter))\b(?:\s+(?:to\s+(?:the|this)\s+\w+|here|then|choice|option))?\s*(?:is|was|would\s+be|should\s+be|[:=：])+\s*(?::|that)?",
     re.I,
 )
 REFUSAL = re.compile(
@@ -891,7 +891,7 @@ def _read_pattern(pattern, o, expected):
 
 def _read_choice(letters, words, o, expected):
     "Index of the one choice that a text names"
-    o = o.strip().strip("\"'").strip()
+    o = re.sub(r"^[-•>+]\s+", "", o.strip()).strip("\"'“”").strip()
     any_letter = "|".join(map(re.escape, letters))
     any_word = "|".join(sorted(map(re.escape, words), key=len, reverse=True))
     lead = r"(?:(?:option|choice|answer)\s+)?"
@@ -901,7 +901,9 @@ def _read_choice(letters, words, o, expected):
         re.I,
     )
     whole = whole or re.fullmatch(
-        rf"[\"']?()({any_word})[\"']?\s*(?:[(\[]\s*(?:{lead})({any_letter})\s*[)\]])?\s*[.!]*", o, re.I
+        rf"(?:(?:go|move|turn)\s+)?[\"']?()({any_word})[\"']?\s*(?:[(\[]\s*(?:{lead})({any_letter})\s*[)\]])?\s*[.!]*",
+        o,
+        re.I,
     )
     if whole:
         named = (
@@ -922,7 +924,7 @@ def _read_choice(letters, words, o, expected):
             return None
         if beside := re.match(rf"[(\[\-–,:]*\s*({any_word})(?!\w)", rest, re.I):
             return i if words[beside[1].casefold()] == i and len(m[1]) == 1 else None
-        word = re.match(r"[a-z]+", rest)
+        word = re.match(r"[a-z]+", rest.lstrip(" ,;"))
         if (
             len(m[1]) == 1
             and m[1].isupper()
