@@ -8,9 +8,12 @@ the block instead, which is never larger. A score is the float32 sum of the quer
 ascending order of ids; every backend, number of threads and instruction set returns the same bits.
 """
 
+import ctypes
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from lmlab.kernels import Operation, cpu
 
 BLOCK = 2**16  # passages in a block: their numbers fit into 16 bits, their scores into a core's cache
 DENSE = BLOCK // 16  # passages from which a list is a bitmap, which takes as many 16-bit words
@@ -23,8 +26,12 @@ class Lists:
     docs: np.ndarray  # entries  uint16: passages of a list in ascending order, or the words of a bitmap
     starts: np.ndarray  # blocks width+1  uint32: where each list begins within its block's part of `docs`
     n: int  # passages
-    values: np.ndarray = None  # entries  float16 or float32: a weight for each entry; then no list is a bitmap
-    empty: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # passages without an id, never found
+    values: np.ndarray = (
+        None  # entries  float16 or float32: a weight for each entry; then no list is a bitmap
+    )
+    empty: np.ndarray = field(
+        default_factory=lambda: np.empty(0, np.int64)
+    )  # passages without an id, never found
 
     @property
     def width(self):  # ids run from 0 to below it
@@ -58,6 +65,25 @@ def invert_reference(ids, ptr, width, values=None):
     return np.concatenate([*parts, docs[at:]]), starts.astype(np.uint32), None
 
 
+def revert(
+    lists: Lists,
+    block: int,  # its number
+) -> tuple:  # ids int64, ascending in each passage, and their values or None
+    "The entries of a block in the order of its passages, as `invert` took them"
+    first = int(lists.starts[:block, -1].sum(dtype=np.int64))
+    edges = first + lists.starts[block].astype(np.int64)
+    ids, docs, keep = [], [], np.ones(edges[-1] - first, bool)
+    for v in np.flatnonzero(np.diff(edges) == DENSE) if lists.values is None else ():
+        keep[edges[v] - first : edges[v + 1] - first] = False
+        bits = np.unpackbits(lists.docs[edges[v] : edges[v + 1]].astype("<u2").view(np.uint8), bitorder="little")
+        docs.append(np.flatnonzero(bits))
+        ids.append(np.full(len(docs[-1]), v))
+    docs = np.concatenate([lists.docs[first : edges[-1]][keep].astype(np.int64), *docs])
+    ids = np.concatenate([np.repeat(np.arange(lists.width), np.diff(edges))[keep], *ids])
+    order = np.lexsort((ids, docs))
+    return ids[order], None if lists.values is None else lists.values[first : edges[-1]][order]
+
+
 def top(
     scores: np.ndarray,  # n  float32
     k: int,
@@ -72,7 +98,7 @@ def top(
 
 def search_reference(lists, qptr, qids, qweights, k):
     "As `search`: one list after another"
-    b, width = len(qptr) - 1, lists.width
+    b = len(qptr) - 1
     ids, scores = np.full((b, k), -1, np.int64), np.full((b, k), -np.inf, np.float32)
     bases = np.append(0, np.cumsum(lists.starts[:, -1].astype(np.int64)))
     for i in range(b):
@@ -100,14 +126,77 @@ def search_reference(lists, qptr, qids, qweights, k):
     return ids, scores
 
 
+# ---- in C++
+
+_P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class _Index(ctypes.Structure):
+    "What `postings.cpp` takes lists for"
+
+    _fields_ = [(name, _P) for name in ("docs", "starts", "bases", "values", "empty")] + [
+        ("n", _L), ("width", _L), ("empties", _L), ("blocks", _L), ("half", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+def _at(array):
+    return None if array is None else array.ctypes.data
+
+
+def invert_cpp(ids, ptr, width, values=None):
+    "As `invert_reference`: two passes, the first one counts"
+    ids, ptr = np.ascontiguousarray(ids), np.ascontiguousarray(ptr, np.int64)
+    if ids.dtype not in (np.uint16, np.uint32):
+        ids = ids.astype(np.uint32)
+    values = None if values is None else np.ascontiguousarray(values)
+    docs, starts = np.empty(len(ids), np.uint16), np.empty(width + 1, np.uint32)
+    made, size = None if values is None else np.empty_like(values), 0 if values is None else values.itemsize
+    call = cpu.symbol("lmlab_postings_invert", _L, _P, _I, _P, _L, _L, _P, _I, _P, _P, _P)
+    total = call(
+        _at(ids), ids.itemsize, _at(ptr), len(ptr) - 1, width, _at(values), size, _at(docs), _at(starts), _at(made)
+    )  # fmt: skip
+    if total < 0:
+        raise ValueError(f"ids: up to {ids.max()}; allowed are ids below the width {width}")
+    return docs[:total], starts, made
+
+
+def search_cpp(lists, qptr, qids, qweights, k):
+    "As `search_reference`: one block and query at a time"
+    b = len(qptr) - 1
+    ids, scores = np.empty((b, k), np.int64), np.empty((b, k), np.float32)
+    bases = np.append(0, np.cumsum(lists.starts[:, -1].astype(np.int64)))
+    arrays = (lists.docs, lists.starts, bases, lists.values, lists.empty)
+    half = lists.values is not None and lists.values.itemsize == 2
+    index = _Index(*map(_at, arrays), lists.n, lists.width, len(lists.empty), len(lists.starts), half)
+    call = cpu.symbol("lmlab_postings_search", _I, _P, _P, _P, _P, _L, _L, _P, _P, _I)
+    at_once = max(
+        1, TOGETHER // max(1, len(lists.starts) * min(k, BLOCK))
+    )  # bounds what the blocks have found
+    for i in range(0, b, at_once):
+        some = np.ascontiguousarray(qptr[i : i + at_once + 1])
+        failed = call(
+            ctypes.byref(index), _at(some), _at(qids), _at(qweights), len(some) - 1, k, _at(ids[i:]), _at(scores[i:]),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the scores of a block")
+    return ids, scores
+
+
+TOGETHER = 2**24  # candidates of all blocks and queries that are kept at a time
+INVERT = Operation("invert", invert_reference, invert_cpp)
+SEARCH = Operation("search_postings", search_reference, search_cpp)
+
+
 def invert(
     ids: np.ndarray,  # entries  any unsigned dtype, below `width`, ascending within a passage and no id twice
     ptr: np.ndarray,  # n+1  int64: the entries of passage i are ptr[i] to ptr[i+1]; n at most BLOCK
     width: int,
     values: np.ndarray = None,  # entries  float16 or float32
+    backend: str = "auto",  # see `lmlab.kernels`
 ) -> tuple:  # docs uint16, starts uint32 of width+1, values or None
     "The lists of one block"
-    return invert_reference(ids, ptr, width, values)
+    return INVERT.pick(backend, "cpu")[1](ids, ptr, width, values)
 
 
 def search(
@@ -116,6 +205,73 @@ def search(
     qids: np.ndarray,  # entries  int32, ascending within a query and no id twice
     qweights: np.ndarray,  # entries  float32, finite
     k: int,
+    backend: str = "auto",  # see `lmlab.kernels`
 ) -> tuple:  # b k  int64 and float32
     "The k passages with the largest sums"
-    return search_reference(lists, qptr, qids, qweights, k)
+    return SEARCH.pick(backend, "cpu")[1](lists, qptr, qids, qweights, k)
+
+
+# ---- text to sets
+
+
+class Memo:
+    "Ids of words that were met before; a word is what stands between blanks, tabs and line ends"
+
+    def __init__(
+        self,
+        ids_of,  # list of words -> list of lists of ids
+        shift: int,  # ids below it are left out
+        width: int,  # and those from shift + width on
+        most: int = 2**21,  # words that are kept, before all are forgotten
+    ):
+        self.ids_of, self.shift, self.width, self.most, self.handle = ids_of, shift, width, most, None
+
+    def _new(self):
+        self.close()
+        self.handle = cpu.symbol("lmlab_memo_new", _P)()
+        self.known = 0
+
+    def close(self):
+        "Free the memory"
+        if self.handle:
+            cpu.symbol("lmlab_memo_free", None, _P)(self.handle)
+        self.handle = None
+
+    def __del__(self):
+        try:
+            self.close()
+        except Exception:  # noqa: BLE001, S110  the interpreter is going down
+            pass
+
+    def _learn(self, words):
+        rows = [np.asarray(r, np.uint32) for r in self.ids_of([w.decode() for w in words])]
+        ends = lambda parts: np.append(0, np.cumsum([len(o) for o in parts])).astype(np.int64)
+        text, wptr, iptr = b"".join(words), ends(words), ends(rows)
+        ids = np.concatenate([np.empty(0, np.uint32), *rows])
+        call = cpu.symbol("lmlab_memo_add", _L, _P, ctypes.c_char_p, _P, _L, _P, _P)
+        self.known = call(self.handle, text, _at(wptr), len(words), _at(ids), _at(iptr))
+
+    def sets(
+        self,
+        texts: list,  # of str
+        room: int,  # tokens of a text that count
+    ) -> tuple:  # ids of all texts, uint32, ascending in each; how many each has, int32
+        "The set of each text's shifted ids"
+        if self.handle is None or self.known > self.most:
+            self._new()
+        parts = [t.encode("utf-8", "replace") for t in texts]
+        text, ptr = b"".join(parts), np.append(0, np.cumsum([len(p) for p in parts])).astype(np.int64)
+        out, lengths = np.empty((len(texts), room), np.uint32), np.full(len(texts), -1, np.int32)
+        unknown = np.empty((2**16, 2), np.int64)
+        call = cpu.symbol(
+            "lmlab_memo_sets", _L, _P, ctypes.c_char_p, _P, _L, _L, ctypes.c_uint32, _L, _P, _P, _P, _L, _I
+        )
+        while True:
+            n = call(
+                self.handle, text, _at(ptr), len(texts), room, self.shift, self.width, _at(out), _at(lengths),
+                _at(unknown), len(unknown), torch.get_num_threads(),
+            )  # fmt: skip
+            if not n:
+                break
+            self._learn(list(dict.fromkeys(text[a : a + size] for a, size in unknown[:n].tolist())))
+        return out[np.arange(room) < lengths[:, None]], lengths

@@ -4,13 +4,19 @@
 
 # %% auto #0
 __all__ = [
+    "PIECE",
+    "FORMAT",
     "MEASURES",
     "Hits",
     "rerank",
     "fingerprint",
     "check_shift",
-    "token_sets",
+    "wordwise",
+    "TokenSets",
     "minilm",
+    "in_order",
+    "write_index",
+    "read_index",
     "as_queries",
     "BinaryTokenIndex",
     "chunks",
@@ -23,15 +29,20 @@ __all__ = [
     "idf",
 ]
 
-# %% ../../nbs/retrieval/common.ipynb #81dde211
+# %% ../../nbs/retrieval/common.ipynb #e43f33d0
+import collections
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
+import tempfile
+import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import cleandoc
@@ -43,7 +54,7 @@ from torch import Tensor
 
 from ..core import corpora
 from ..core.fit import number, progress_bar, refuse, whole
-from ..core.ledger import nearest
+from ..core.ledger import nearest, write_json
 
 
 # %% ../../nbs/retrieval/common.ipynb #5f37d46f
@@ -118,7 +129,7 @@ def rerank(
     return Hits.top(scores, k or hits.ids.shape[1], hits.ids)
 
 
-# %% ../../nbs/retrieval/common.ipynb #5d4da063
+# %% ../../nbs/retrieval/common.ipynb #66fb082d
 def fingerprint(
     tokenizer,  # of transformers
 ) -> str:  # 16 hexadecimal digits
@@ -146,32 +157,72 @@ def check_shift(
         )
 
 
-def token_sets(
-    texts: list,  # of str
+def wordwise(
     tokenizer,
-    max_len: int = 256,  # tokens of a text that count, special ones included
-    shift: int = 999,
-    special: tuple = (),  # further ids to leave out
-) -> tuple:  # shifted ids of all texts, ascending in each; ptr: those of text i are ptr[i] to ptr[i+1]
-    "The set of each text's token ids"
-    room = whole("max_len", max_len) - tokenizer.num_special_tokens_to_add()
-    if room < 1:
-        refuse(
-            "max_len", repr(max_len), f"more than the {tokenizer.num_special_tokens_to_add()} special tokens"
-        )
-    rows = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
+) -> bool:
+    "Is a text's list of ids the lists of its words, one after another? So it is with BERT's WordPiece, which splits at blanks first"
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        return False
+    about = json.loads(fast.to_str())
+    kinds = [(about.get(part) or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
+    odd = lambda t: t["lstrip"] or t["rstrip"] or t["single_word"] or re.search(r"\s", t["content"])
+    return kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and not any(
+        map(odd, about["added_tokens"])
     )
-    rows = [np.unique(np.asarray(r[:room], np.int64)) for r in rows["input_ids"]]
-    rows = [r[r >= shift] - shift for r in rows]
-    if special:
-        rows = [r[~np.isin(r, np.asarray(special) - shift)] for r in rows]
-    ptr = np.append(0, np.cumsum([len(r) for r in rows], dtype=np.int64)).astype(np.int64)
-    return np.concatenate([np.empty(0, np.int64), *rows]), ptr
+
+
+class TokenSets:
+    "Texts to sets of shifted token ids"
+
+    def __init__(
+        self,
+        tokenizer,  # of transformers
+        max_len: int = 256,  # tokens of a text that count, special ones included
+        shift: int = 999,  # ids below it are left out
+        vocab: int = None,  # ids there are; None: the tokenizer is asked
+        special: tuple = (),  # further ids to leave out
+        by_word: bool = None,  # look up words that were met before; None: where that is right and there is a C++ library
+    ):
+        from lmlab.kernels import cpu, postings
+
+        check_shift(tokenizer, whole("shift", shift, 0), special)
+        self.vocab = whole("vocab", len(tokenizer) if vocab is None else vocab, len(tokenizer))
+        self.width, few = self.vocab - shift, tokenizer.num_special_tokens_to_add()
+        self.room = whole("max_len", max_len, few + 1) - few
+        if self.width < 1:
+            refuse("shift", repr(shift), f"below the {self.vocab} ids of the vocabulary")
+        self.tokenizer, self.shift, self.special = tokenizer, shift, tuple(special)
+        self.dtype = np.uint16 if self.width <= 2**16 else np.uint32
+        by_word = wordwise(tokenizer) and cpu.library() is not None if by_word is None else by_word
+        self.memo = postings.Memo(self._marked, shift, self.width) if by_word else None
+
+    def _ids(self, texts):
+        plain = dict(
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            truncation=False,
+            padding=False,
+        )
+        return self.tokenizer(texts, add_special_tokens=False, **plain)["input_ids"] if texts else []
+
+    def _marked(self, words):
+        "Ids of words; those to be left out, but counted, are beyond the vocabulary"
+        return [[2**32 - 1 if i in self.special else i for i in r] for r in self._ids(words)]
+
+    def __call__(
+        self,
+        texts: list,  # of str
+    ) -> tuple:  # ids of all texts, ascending in each; how many each has, int64
+        "The set of each text's ids"
+        if self.memo:
+            ids, lengths = self.memo.sets(texts, self.room)
+            return ids.astype(self.dtype), lengths.astype(np.int64)
+        out = np.asarray(self.special, np.int64)
+        rows = [np.setdiff1d(np.asarray(r[: self.room], np.int64), out) for r in self._ids(list(texts))]
+        rows = [r[r >= self.shift] - self.shift for r in rows]
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        return np.concatenate([np.empty(0, np.int64), *rows]).astype(self.dtype), lengths
 
 
 # %% ../../nbs/retrieval/common.ipynb #7ad14934
@@ -186,25 +237,211 @@ def minilm() -> str:
     return str(folder)
 
 
-# %% ../../nbs/retrieval/common.ipynb #bc5e9d5c
+# %% ../../nbs/retrieval/common.ipynb #e25e0b71
+PIECE = 4096  # texts that are worked on at a time
+
+
 def _rows_of_texts(texts, size):
-    "Lists of `size` texts"
-    if isinstance(texts, str):
-        refuse("texts", "one str", "a list, a column or a stream of str")
-    if not hasattr(texts, "__iter__"):
+    "Lists of at most `size` texts"
+    if isinstance(texts, (str, dict)) or not hasattr(texts, "__iter__"):
         refuse("texts", type(texts).__name__, "a list, a column or a stream of str")
-    rows, start = [], 0
-    for i, t in enumerate(texts):
-        if not isinstance(t, str):
-            refuse("texts", f"{type(t).__name__} at place {i}", "a str in every place")
-        rows.append(t)
-        if len(rows) == size:
-            yield rows
-            rows = []
-    if rows:
+    start = 0
+    for rows in _sliced(texts, size):
+        if (bad := next((i for i, t in enumerate(rows) if not isinstance(t, str)), None)) is not None:
+            refuse("texts", f"{type(rows[bad]).__name__} at place {start + bad}", "a str in every place")
+        start += len(rows)
         yield rows
 
 
+def _sliced(texts, size):
+    if (
+        isinstance(texts, (list, tuple)) or type(texts).__name__ == "Column"
+    ):  # a dataset reads slices faster than rows
+        for a in range(0, len(texts), size):
+            yield list(texts[a : a + size])
+        return
+    texts = iter(texts)
+    while rows := list(itertools.islice(texts, size)):
+        yield rows
+
+
+# %% ../../nbs/retrieval/common.ipynb #0206f26f
+_work = None  # in a worker: what it does with a piece
+
+
+def _begin(work, parent):
+    "In a worker: one thread, and an end when nobody is left to send pieces"
+    global _work
+    _work = work
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _do(piece):
+    return _work(piece)
+
+
+def in_order(
+    work: Callable,  # piece -> result
+    pieces: Iterable,
+    workers: int = 1,  # processes; 1: this one
+):  # yields results
+    "Results of a function over a stream, in the order of the stream, from some processes"
+    if whole("workers", workers) == 1:
+        yield from map(work, pieces)
+        return
+    import multiprocessing as mp
+    from concurrent.futures import ProcessPoolExecutor
+
+    ctx = mp.get_context("fork" if "fork" in mp.get_all_start_methods() else None)
+    with ProcessPoolExecutor(workers, ctx, _begin, (work, os.getpid())) as pool:
+        under_way = collections.deque()
+        try:
+            for piece in pieces:
+                under_way.append(pool.submit(_do, piece))
+                if len(under_way) > 2 * workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for o in under_way:
+                o.cancel()
+
+
+# %% ../../nbs/retrieval/common.ipynb #03271395
+FORMAT = "lmlab-index-1"
+
+
+class _Sink:
+    "One array that grows, in memory or in a file"
+
+    def __init__(self, name, dtype, folder=None):
+        self.name, self.dtype, self.folder, self.size, self.parts = name, np.dtype(dtype), folder, 0, []
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            fd, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            self.path, self.file, self.hash = Path(path), os.fdopen(fd, "wb"), hashlib.blake2b(digest_size=8)
+
+    def write(self, array):
+        array = np.ascontiguousarray(array, self.dtype)
+        self.size += len(array)
+        if self.folder is None:
+            self.parts.append(array)
+        elif len(array):
+            data = array.view(np.uint8).data
+            self.hash.update(data)
+            self.file.write(data)
+
+    def done(self):
+        "The array"
+        if self.folder is None:
+            parts, self.parts = self.parts, []
+            return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.chmod(self.path, 0o644)
+        path = self.path.with_name(f"{self.name}-{self.hash.hexdigest()}.bin")
+        os.replace(self.path, path)
+        return _mapped(path, self.dtype, (self.size,))
+
+    def drop(self):
+        if self.folder is not None:
+            self.file.close()
+            self.path.unlink(missing_ok=True)
+
+
+def _mapped(path, dtype, shape):
+    return np.memmap(path, dtype, "r", shape=shape) if math.prod(shape) else np.empty(shape, dtype)
+
+
+def _digest(array):
+    h, flat = hashlib.blake2b(digest_size=8), array.reshape(-1).view(np.uint8)
+    for a in range(0, len(flat), 2**24):
+        h.update(flat[a : a + 2**24].data)
+    return h.hexdigest()
+
+
+def write_index(
+    folder,  # made if it is not there; an index in it is replaced
+    about: dict,  # of plain values
+    arrays: dict,  # name -> array
+):
+    "An index on disk, all of it or the old one"
+    folder, named = Path(folder), {}
+    if folder.exists() and (not folder.is_dir() or any(not _ours(p) for p in folder.iterdir())):
+        refuse("folder", str(folder), "a new or empty folder, or one that holds an index and nothing else")
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        path = folder / f"{name}-{_digest(array)}.bin"
+        if not (
+            path.exists()
+            and path.stat().st_size == array.nbytes
+            and path.stem.endswith(_digest(np.fromfile(path, np.uint8)))
+        ):
+            sink = _Sink(name, array.dtype, folder)
+            try:
+                sink.write(array.reshape(-1))
+                sink.done()
+            finally:
+                sink.drop()
+        named[name] = dict(file=path.name, dtype=array.dtype.str, shape=list(array.shape))
+    write_json(folder / "index.json", dict(format=FORMAT, about=about, arrays=named))
+    for path in folder.iterdir():  # of an older index, or of a process that died
+        if path.name not in {"index.json", *(o["file"] for o in named.values())}:
+            path.unlink(missing_ok=True)
+
+
+def _ours(path):
+    return bool(re.fullmatch(r"index\.json|\w+-[0-9a-f]{16}\.bin|\.(\w+|index\.json)\.\w{8}", path.name))
+
+
+def read_index(
+    folder,
+    kind: str,  # what the header must say
+    names: dict,  # array -> names of the dtypes it may have
+    verify: bool = True,  # read every file once and compare its hash
+) -> tuple:  # header, arrays by name
+    "An index from disk, its arrays mapped into memory"
+    path = Path(folder, "index.json")
+    if not path.is_file():
+        refuse("folder", str(folder), "a folder with an index, which has a file index.json")
+    try:
+        header = json.loads(path.read_text("utf-8"))
+        about, stored = header["about"], header["arrays"]
+        if header["format"] != FORMAT or about["kind"] != kind or set(stored) != set(names):
+            raise ValueError(f"format {header['format']!r}, kind {about['kind']!r}, arrays {sorted(stored)}")
+        described = {
+            n: (str(o["file"]), np.dtype(o["dtype"]), tuple(map(int, o["shape"]))) for n, o in stored.items()
+        }
+        if bad := [
+            n for n, (_, d, shape) in described.items() if d.name not in names[n] or min(shape, default=0) < 0
+        ]:
+            raise ValueError(f"{bad[0]} of {described[bad[0]][1]}, shape {described[bad[0]][2]}")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(
+            f"folder: {path} is damaged, or no index of {kind} ({type(e).__name__}: {e})"
+        ) from None
+    arrays = {}
+    for name, (file, dtype, shape) in described.items():
+        path, size = Path(folder, Path(file).name), math.prod(shape) * dtype.itemsize
+        if not path.is_file() or path.stat().st_size != size:
+            have = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+            raise ValueError(f"folder: {path} {have}, and should have {size}")
+        arrays[name] = _mapped(path, dtype, shape)
+        if verify and f"{name}-{_digest(arrays[name])}.bin" != path.name:
+            raise ValueError(f"folder: {path} is damaged: its bytes do not have the hash in its name")
+    return about, arrays
+
+
+# %% ../../nbs/retrieval/common.ipynb #a37ab996
 def as_queries(
     queries,  # a float tensor b V, one V, or pairs (ids, weights)
     width: int,  # V
@@ -249,11 +486,113 @@ def as_queries(
     return qptr.astype(np.int64), qids.astype(np.int32), qw.astype(np.float32)
 
 
-# %% ../../nbs/retrieval/common.ipynb #e0a20dc5
+# %% ../../nbs/retrieval/common.ipynb #d9dff626
+class _Builder:
+    "Lists of passages that come in order, block by block"
+
+    def __init__(self, width, dtype, folder=None, values=None, forward=True):
+        self.width, self.block, self.waiting = width, [], 0
+        names = (
+            (dict(ids=dtype) if forward else {})
+            | dict(docs=np.uint16)
+            | (dict(values=values) if values else {})
+        )
+        self.sinks = {n: _Sink(n, d, folder) for n, d in names.items()}
+        self.starts, self.lengths = [], []
+
+    def add(self, ids, lengths, values=None):
+        "Some more passages"
+        from lmlab.kernels.postings import BLOCK
+
+        ends, a = np.append(0, np.cumsum(lengths)), 0
+        while a < len(lengths):
+            z = min(len(lengths), a + BLOCK - self.waiting)
+            e = slice(ends[a], ends[z])
+            self.block.append((ids[e], lengths[a:z], None if values is None else values[e]))
+            self.waiting, a = self.waiting + z - a, z
+            if self.waiting == BLOCK:
+                self.close()
+
+    def close(self):
+        "Invert the passages of a block"
+        from lmlab.kernels import postings
+
+        if not self.waiting:
+            return
+        ids, lengths, values = (
+            None if o[0] is None else np.concatenate(o) for o in zip(*self.block, strict=True)
+        )
+        docs, starts, values = postings.invert(ids, np.append(0, np.cumsum(lengths)), self.width, values)
+        self._write(ids=ids, docs=docs, values=values)
+        self.starts.append(starts)
+        self.lengths.append(lengths)
+        self.block, self.waiting = [], 0
+
+    def _write(self, **arrays):
+        for name, sink in self.sinks.items():
+            sink.write(arrays[name])
+
+    def resume(self, lists, ptr, ids=None):
+        "Take over the full blocks of an index, and its last passages"
+        from lmlab.kernels import postings
+
+        full, lengths = lists.n // postings.BLOCK, np.diff(ptr)
+        n, last = full * postings.BLOCK, int(lists.starts[:full, -1].sum(dtype=np.int64))
+        values = None if lists.values is None else lists.values[:last]
+        self._write(ids=None if ids is None else ids[: ptr[n]], docs=lists.docs[:last], values=values)
+        self.starts, self.lengths = list(lists.starts[:full]), [lengths[:n]]
+        if lists.n > n:
+            ids, values = postings.revert(lists, full)
+            self.add(ids, lengths[n:], values)
+
+    def done(self):
+        "ids or None, ptr, lists"
+        from lmlab.kernels import postings
+
+        self.close()
+        made = {n: o.done() for n, o in self.sinks.items()}
+        lengths = np.concatenate([np.empty(0, np.int64), *self.lengths])
+        starts = np.stack(self.starts) if self.starts else np.zeros((0, self.width + 1), np.uint32)
+        lists = postings.Lists(
+            made["docs"], starts, len(lengths), made.get("values"), np.flatnonzero(lengths == 0)
+        )
+        return made.get("ids"), np.append(0, np.cumsum(lengths)).astype(np.int64), lists
+
+    def drop(self):
+        for o in self.sinks.values():
+            o.drop()
+
+
+def _lists(folder, arrays, width):
+    "Lists from disk, refused where one would lead out of its file"
+    from lmlab.kernels import postings
+
+    ptr, starts, docs, values = (arrays.get(n) for n in ("ptr", "starts", "docs", "values"))
+    n = len(ptr) - 1
+    fits = (
+        n >= 0
+        and ptr[0] == 0
+        and (np.diff(ptr) >= 0).all()
+        and ptr[-1] == len(arrays.get("ids", range(ptr[-1])))
+    )
+    fits &= starts.shape == (math.ceil(max(n, 0) / postings.BLOCK), width + 1) and not starts[:, :1].any()
+    fits = fits and (starts[:, 1:] >= starts[:, :-1]).all() and starts[:, -1].sum(dtype=np.int64) == len(docs)
+    if not fits or (values is not None and len(values) != len(docs)):
+        raise ValueError(f"folder: the arrays in {folder} do not fit together")
+    return postings.Lists(docs, starts, n, values, np.flatnonzero(np.diff(ptr) == 0))
+
+
+# %% ../../nbs/retrieval/common.ipynb #7ba3f1e9
 class BinaryTokenIndex:
     "Passages as sets of token ids, searched by inverted lists"
 
-    def __init__(self, ids, ptr, lists, about):
+    def __init__(
+        self,
+        ids: np.ndarray,  # entries  uint16 or uint32: shifted ids, ascending in each passage
+        ptr: np.ndarray,  # n+1  int64: the ids of passage i are ids[ptr[i]:ptr[i+1]]
+        lists,  # `lmlab.kernels.postings.Lists` of the same passages
+        about: dict,  # max_len, shift, vocab, special, tokenizer
+    ):
         self.ids, self.ptr, self.lists, self.about = ids, ptr, lists, about
 
     @classmethod
@@ -263,51 +602,113 @@ class BinaryTokenIndex:
         tokenizer,  # of transformers; its special ids must be below `shift`
         max_len: int = 256,  # tokens of a passage that count, special ones included
         shift: int = 999,  # ids below it are left out, and those above it count from 0
-        vocab: int = None,  # number of ids the tokenizer has; None: it is asked
-        shards: int = None,  # parts in which the work is dealt out
+        vocab: int = None,  # number of ids there are; None: the tokenizer is asked
+        shards: int = None,  # parts in which the work is dealt out, of at most `PIECE` texts; None: as few as that allows
         workers: int = 1,  # processes
         folder=None,  # where the index is written while it is built; None: it is kept in memory
         progress: bool = True,
         special: tuple = (),  # ids above the shift that are left out all the same
     ):
-        "Read the texts once, in bounded memory"
-        from lmlab.kernels import postings
+        "Read the texts once, in bounded memory; the result does not depend on shards and workers"
+        sets = TokenSets(tokenizer, max_len, shift, vocab, special)
+        about = dict(max_len=max_len, shift=shift, vocab=sets.vocab, special=list(special))
+        about |= dict(kind="tokens", tokenizer=fingerprint(tokenizer))
+        size, n = PIECE, len(texts) if hasattr(texts, "__len__") else None
+        if shards is not None:
+            if n is None:
+                refuse("shards", f"{shards!r} of a stream", "None, or texts that have a length")
+            size = min(PIECE, max(1, math.ceil(n / whole("shards", shards))))
+        parts = in_order(sets, _rows_of_texts(texts, size), workers)
+        return cls._made(about, sets.dtype, parts, folder, n, progress)
 
-        check_shift(tokenizer, whole("shift", shift, 0), special)
-        vocab = len(tokenizer) if vocab is None else whole("vocab", vocab)
-        width = vocab - shift
-        if width < 1:
-            refuse("shift", repr(shift), f"below the {vocab} ids of the vocabulary")
-        about = dict(
-            max_len=max_len, shift=shift, vocab=vocab, special=list(special), tokenizer=fingerprint(tokenizer)
-        )
-        dtype, ids, lengths = np.uint16 if width <= 2**16 else np.uint32, [], []
-        for rows in _rows_of_texts(texts, 4096):
-            i, p = token_sets(rows, tokenizer, max_len, shift, special)
-            ids.append(i.astype(dtype))
-            lengths.append(np.diff(p))
-        ids = np.concatenate([np.empty(0, dtype), *ids])
-        ptr = np.append(0, np.cumsum(np.concatenate([np.empty(0, np.int64), *lengths]))).astype(np.int64)
-        n, made = len(ptr) - 1, []
-        for a in range(0, n, postings.BLOCK):
-            p = ptr[a : a + postings.BLOCK + 1]
-            made.append(postings.invert(ids[p[0] : p[-1]], p - p[0], width))
-        docs = np.concatenate([np.empty(0, np.uint16), *(o[0] for o in made)])
-        starts = np.stack([o[1] for o in made]) if made else np.zeros((0, width + 1), np.uint32)
-        empty = np.flatnonzero(np.diff(ptr) == 0)
-        if len(empty):
-            warnings.warn(
-                f"texts: {len(empty)} of {n} passages have no token and will never be found (the first is number {empty[0]})",
-                stacklevel=2,
+    @classmethod
+    def merge(
+        cls,
+        parts: list,  # indexes of shards of a corpus, in its order
+        folder=None,  # where the whole is written; None: it is kept in memory
+    ):
+        "One index of all passages, the same as if it had been built in one go"
+        parts = list(parts)
+        if not parts or any(p.about != parts[0].about for p in parts):
+            refuse(
+                "parts",
+                f"{len(parts)} indexes",
+                "at least one, all of one tokenizer, shift, vocabulary and max_len",
             )
-        return cls(ids, ptr, postings.Lists(docs, starts, n, None, empty), about)
+        return cls._made(parts[0].about, parts[0].ids.dtype, (o for p in parts for o in p._pieces()), folder)
+
+    def _pieces(self):
+        for a in range(0, len(self), PIECE):
+            ptr = self.ptr[a : a + PIECE + 1]
+            yield self.ids[ptr[0] : ptr[-1]], np.diff(ptr)
+
+    @classmethod
+    def _made(cls, about, dtype, parts, folder=None, n=None, progress=False):
+        builder = _Builder(about["vocab"] - about["shift"], dtype, folder)
+        try:
+            with progress_bar(not progress, total=n, desc="index", unit=" passages") as bar:
+                for ids, lengths in parts:
+                    builder.add(ids, lengths)
+                    bar.update(len(lengths))
+            made = cls(*builder.done(), about)
+        finally:
+            builder.drop()
+        made._say_empty()
+        if folder is not None:
+            made.save(folder)
+        return made
+
+    def _say_empty(self):
+        if len(none := self.lists.empty):
+            warnings.warn(
+                f"texts: {len(none)} of {len(self)} passages have no token and will never be found, the first is number {none[0]}",
+                stacklevel=4,
+            )
+
+    def add(
+        self,
+        texts,  # as in `build`
+        tokenizer,  # the same as then
+        workers: int = 1,
+    ):
+        "Append passages, in memory; returns the index itself"
+        self.check(tokenizer)
+        sets = TokenSets(tokenizer, *(self.about[o] for o in ("max_len", "shift", "vocab", "special")))
+        builder = _Builder(self.width, self.ids.dtype)
+        builder.resume(self.lists, self.ptr, self.ids)
+        for ids, lengths in in_order(sets, _rows_of_texts(texts, PIECE), workers):
+            builder.add(ids, lengths)
+        self.ids, self.ptr, self.lists = builder.done()
+        self._say_empty()
+        return self
+
+    def save(
+        self,
+        folder,  # made if it is not there; an index in it is replaced in one step
+    ):
+        "Write the index"
+        arrays = dict(ids=self.ids, ptr=self.ptr, docs=self.lists.docs, starts=self.lists.starts)
+        write_index(folder, self.about, arrays)
+
+    @classmethod
+    def load(
+        cls,
+        folder,  # that `save` wrote
+        verify: bool = True,  # read every file once and compare its hash
+    ):
+        "Open an index, mapped into memory"
+        dtypes = dict(ids=("uint16", "uint32"), ptr=("int64",), docs=("uint16",), starts=("uint32",))
+        about, arrays = read_index(folder, "tokens", dtypes, verify)
+        return cls(
+            arrays["ids"], arrays["ptr"], _lists(folder, arrays, about["vocab"] - about["shift"]), about
+        )
 
     def __len__(self):
         return len(self.ptr) - 1
 
     @property
     def width(self):
-        "Ids run from 0 to below it"
+        "Shifted ids run from 0 to below it"
         return self.about["vocab"] - self.about["shift"]
 
     @property
@@ -316,6 +717,7 @@ class BinaryTokenIndex:
 
     @property
     def nbytes(self):
+        "Of the sets and of their lists"
         return self.ids.nbytes + self.ptr.nbytes + self.lists.nbytes
 
     def tokens(
@@ -345,16 +747,21 @@ class BinaryTokenIndex:
         queries,  # b V weights of any sign, or b pairs (shifted ids, weights)
         k: int = 10,
         tokenizer=None,  # checked against the index where given
+        shift: int = None,  # the same
     ) -> Hits:
         "The passages whose tokens weigh most"
-        from lmlab.kernels import postings
-
-        self.check(tokenizer)
-        ids, scores = postings.search(self.lists, *as_queries(queries, self.width), whole("k", k))
-        return Hits(torch.from_numpy(ids), torch.from_numpy(scores))
+        self.check(tokenizer, shift)
+        return _searched(self.lists, queries, k)
 
 
-# %% ../../nbs/retrieval/common.ipynb #c1ad9a4e
+def _searched(lists, queries, k):
+    from lmlab.kernels import postings
+
+    ids, scores = postings.search(lists, *as_queries(queries, lists.width), whole("k", k))
+    return Hits(torch.from_numpy(ids), torch.from_numpy(scores))
+
+
+# %% ../../nbs/retrieval/common.ipynb #6f62e315
 def chunks(
     text: str,
     words: int = 100,
@@ -543,7 +950,7 @@ def _pool(dataset, words, distractors, data):
     return p
 
 
-# %% ../../nbs/retrieval/common.ipynb #734860ef
+# %% ../../nbs/retrieval/common.ipynb #edaa48fe
 MEASURES = ("Success@1", "Success@5", "Success@20", "nDCG@10", "RR@10")
 
 
@@ -585,7 +992,7 @@ def evaluate(
     return {m: [v[str(i)] for i in ids] for m, v in out.items()}
 
 
-# %% ../../nbs/retrieval/common.ipynb #c57e9796
+# %% ../../nbs/retrieval/common.ipynb #beafe083
 class Bm25:
     "BM25 of the package `bm25s`, behind the interface of this page"
 
