@@ -75,7 +75,9 @@ def revert(
     ids, docs, keep = [], [], np.ones(edges[-1] - first, bool)
     for v in np.flatnonzero(np.diff(edges) == DENSE) if lists.values is None else ():
         keep[edges[v] - first : edges[v + 1] - first] = False
-        bits = np.unpackbits(lists.docs[edges[v] : edges[v + 1]].astype("<u2").view(np.uint8), bitorder="little")
+        bits = np.unpackbits(
+            lists.docs[edges[v] : edges[v + 1]].astype("<u2").view(np.uint8), bitorder="little"
+        )
         docs.append(np.flatnonzero(bits))
         ids.append(np.full(len(docs[-1]), v))
     docs = np.concatenate([lists.docs[first : edges[-1]][keep].astype(np.int64), *docs])

@@ -19,6 +19,7 @@ __all__ = [
     "read_index",
     "as_queries",
     "BinaryTokenIndex",
+    "EmbeddingIndex",
     "chunks",
     "data_file",
     "qa",
@@ -759,6 +760,172 @@ def _searched(lists, queries, k):
 
     ids, scores = postings.search(lists, *as_queries(queries, lists.width), whole("k", k))
     return Hits(torch.from_numpy(ids), torch.from_numpy(scores))
+
+
+# %% ../../nbs/retrieval/common.ipynb #0b8b5955
+class EmbeddingIndex:
+    "Weighted vectors, sparse or dense, searched by inner product"
+
+    def __init__(
+        self,
+        about: dict,  # width, form, dtype, faiss
+        ptr: np.ndarray = None,  # n+1  int64: entries of each sparse vector
+        lists=None,  # `lmlab.kernels.postings.Lists` of the sparse vectors
+        dense: np.ndarray = None,  # n d
+    ):
+        self.about, self.ptr, self.lists, self.dense, self._faiss = about, ptr, lists, dense, None
+
+    @classmethod
+    def build(
+        cls,
+        vectors,  # tensor n d, or a stream of tensors m d
+        form: str = "sparse",  # "sparse": entries that are not zero; "dense": all of them
+        dtype: str = "float16",  # of what is stored, or float32
+        folder=None,  # where the index is written while it is built; None: it is kept in memory
+        faiss: str = None,  # of dense vectors: a description for `faiss.index_factory`; None: exact
+    ):
+        "Read the vectors once"
+        if form not in ("sparse", "dense"):
+            refuse("form", repr(form), "'sparse' or 'dense'")
+        if dtype not in ("float16", "float32"):
+            refuse("dtype", repr(dtype), "'float16' or 'float32'")
+        if faiss is not None and form != "dense":
+            refuse("faiss", repr(faiss), "None for sparse vectors")
+        parts = iter([vectors] if isinstance(vectors, (Tensor, np.ndarray)) else vectors)
+        if (first := next(parts, None)) is None:
+            refuse("vectors", "an empty stream", "at least one tensor m d, if with no row")
+        about = dict(kind="embeddings", width=int(np.shape(first)[-1]), form=form, dtype=dtype, faiss=faiss)
+        made = cls._filled(about, itertools.chain([first], parts), folder)
+        if folder is not None:
+            made.save(folder)
+        return made
+
+    @classmethod
+    def _filled(cls, about, parts, folder=None, old=None):
+        rows, width = (_checked(p, about) for p in parts), about["width"]
+        if about["form"] == "dense":
+            sink = _Sink("dense", about["dtype"], folder)
+            try:
+                for part in [] if old is None else [old.dense]:
+                    sink.write(part.reshape(-1))
+                for part in rows:
+                    sink.write(part.reshape(-1))
+                return cls(about, dense=sink.done().reshape(-1, width))
+            finally:
+                sink.drop()
+        builder = _Builder(width, np.uint32, folder, about["dtype"], forward=False)
+        try:
+            if old is not None:
+                builder.resume(old.lists, old.ptr)
+            for part in rows:
+                row, column = np.nonzero(part)
+                builder.add(column, np.bincount(row, minlength=len(part)), part[row, column])
+            _, ptr, lists = builder.done()
+            return cls(about, ptr, lists)
+        finally:
+            builder.drop()
+
+    def add(
+        self,
+        vectors,  # as in `build`
+    ):
+        "Append vectors, in memory; returns the index itself"
+        parts = [vectors] if isinstance(vectors, (Tensor, np.ndarray)) else vectors
+        made = self._filled(self.about, parts, old=self)
+        self.ptr, self.lists, self.dense, self._faiss = made.ptr, made.lists, made.dense, None
+        return self
+
+    def save(
+        self,
+        folder,  # made if it is not there; an index in it is replaced in one step
+    ):
+        "Write the index; one of `faiss` is made again when the vectors are loaded"
+        arrays = dict(dense=self.dense)
+        if self.dense is None:
+            arrays = dict(
+                ptr=self.ptr, docs=self.lists.docs, starts=self.lists.starts, values=self.lists.values
+            )
+        write_index(folder, self.about, arrays)
+
+    @classmethod
+    def load(
+        cls,
+        folder,  # that `save` wrote
+        verify: bool = True,  # read every file once and compare its hash
+    ):
+        "Open an index, mapped into memory"
+        floats, kind = ("float16", "float32"), "embeddings"
+        dtypes = dict(ptr=("int64",), docs=("uint16",), starts=("uint32",), values=floats)
+        if Path(folder, "index.json").is_file() and '"dense": {' in Path(folder, "index.json").read_text(
+            "utf-8", "replace"
+        ):
+            about, arrays = read_index(folder, kind, dict(dense=floats), verify)
+            return cls(about, dense=arrays["dense"])
+        about, arrays = read_index(folder, kind, dtypes, verify)
+        return cls(about, arrays["ptr"], _lists(folder, arrays, about["width"]))
+
+    def __len__(self):
+        return len(self.ptr) - 1 if self.dense is None else len(self.dense)
+
+    @property
+    def width(self):
+        return self.about["width"]
+
+    @property
+    def nbytes(self):
+        return self.ptr.nbytes + self.lists.nbytes if self.dense is None else self.dense.nbytes
+
+    def search(
+        self,
+        queries,  # b d, or for sparse vectors b pairs (ids, weights)
+        k: int = 10,
+    ) -> Hits:
+        "The vectors with the largest inner products"
+        if self.dense is None:
+            return _searched(self.lists, queries, k)
+        q = torch.atleast_2d(torch.as_tensor(queries).detach().float().cpu())
+        if q.shape[1] != self.width:
+            refuse("queries", f"shape {tuple(q.shape)}", f"b x {self.width}, the width of the index")
+        if not q.isfinite().all():
+            refuse("queries", "a value that is not finite", "finite values")
+        if self.about["faiss"]:
+            return self._by_faiss(q, whole("k", k))
+        best = Hits.none(len(q), whole("k", k))
+        for a in range(0, len(self), 2**15):
+            part = torch.from_numpy(np.asarray(self.dense[a : a + 2**15], np.float32))
+            new = Hits.top(q @ part.mT, k)
+            ids = torch.where(new.ids >= 0, new.ids + a, -1)
+            best = Hits.top(torch.cat([best.scores, new.scores], 1), k, torch.cat([best.ids, ids], 1))
+        return best
+
+    def _by_faiss(self, q, k):
+        try:
+            import faiss
+        except ImportError as e:
+            raise ImportError('an index of faiss needs faiss-cpu: pip install "lmlab[retrieval]"') from e
+        if self._faiss is None:
+            vectors = np.ascontiguousarray(self.dense, np.float32)
+            self._faiss = faiss.index_factory(self.width, self.about["faiss"], faiss.METRIC_INNER_PRODUCT)
+            self._faiss.train(vectors)
+            self._faiss.add(vectors)
+        scores, ids = self._faiss.search(q.numpy(), k)
+        return Hits.top(np.where(ids >= 0, scores, -np.inf), k, ids)
+
+
+def _checked(part, about):
+    "Vectors as they are stored"
+    part = np.asarray(part.detach().float().cpu() if isinstance(part, Tensor) else part, np.float32)
+    if part.ndim != 2 or part.shape[1] != about["width"]:
+        refuse("vectors", f"shape {part.shape}", f"m x {about['width']}")
+    with np.errstate(over="ignore"):
+        part = part.astype(about["dtype"])
+    if not np.isfinite(part).all():
+        refuse(
+            "vectors",
+            f"a value that is not finite in {about['dtype']}",
+            "finite values; dtype='float32' has room for larger ones",
+        )
+    return part
 
 
 # %% ../../nbs/retrieval/common.ipynb #6f62e315
