@@ -628,7 +628,7 @@ def _damage_is_refused(c):
                 except Exception as e:  # noqa: BLE001
                     raise AssertionError(f"{name} {how}: {type(e).__name__}: {str(e)[:100]}") from None
                 else:
-                    same_answer(got, want, f"{name} {how} was accepted")
+                    same_answer(got, want, f"{name or 'the file'}, {how}, was accepted")
                 file.unlink(missing_ok=True)
                 file.write_bytes(data)
     return f"{n} damaged files"

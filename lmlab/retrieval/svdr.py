@@ -22,10 +22,12 @@ __all__ = [
     "Triples",
     "mine",
     "train",
+    "contracts",
 ]
 
 # %% ../../nbs/retrieval/svdr.ipynb #2e195819
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 import torch.distributed as dist
@@ -424,6 +426,7 @@ class SVDRRetriever(PreTrainedModel):
 
     config: SVDRRetrieverConfig
     base_model_prefix = "query"
+    _supports_sdpa = _supports_attention_backend = True
     supports_gradient_checkpointing = True
 
     def __init__(
@@ -437,11 +440,12 @@ class SVDRRetriever(PreTrainedModel):
         parts = (query, passage) if isinstance(query, SVDREncoder) else None
         if parts:
             other = None if passage is None or passage is query else passage
-            if other and fingerprint(other.tokenizer) != fingerprint(query.tokenizer):
+            names = {e.tokenizer and fingerprint(e.tokenizer) for e in (query, other) if e}
+            if len(names) > 1:
                 refuse("passage", "an encoder with another tokenizer", "two encoders with one tokenizer")
-            query = SVDRRetrieverConfig(
-                query=query.config,
-                passage=other and other.config,
+            query = SVDRRetrieverConfig(  # of copies: the library resets the attention of what it is given
+                query=deepcopy(query.config),
+                passage=other and deepcopy(other.config),
                 query_length=query_length,
                 passage_length=passage_length,
             )
@@ -450,7 +454,9 @@ class SVDRRetriever(PreTrainedModel):
         self.query = parts[0] if parts else SVDREncoder(query.query)
         if not query.shared:
             self.passage = parts[1] if parts else SVDREncoder(query.passage)
-        if not parts:
+        if parts:
+            query.query, query.passage = self.query.config, None if query.shared else self.passage.config
+        else:
             self.post_init()
 
     @property
@@ -763,3 +769,73 @@ def train(
         evaluate=renew if mine_every else given, eval_every=mine_every or every,
         **dict(schedule="linear", warmup=0.05, weight_decay=0.0, betas=(0.9, 0.999), clip=2.0) | kw,
     )  # fmt: skip
+
+
+# %% ../../nbs/retrieval/svdr.ipynb #04ad98f1
+def contracts():
+    "What the shared checkers test"
+    from types import SimpleNamespace
+
+    from .common import minilm
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    torch.manual_seed(0)
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    make = lambda **kw: SVDREncoder(
+        SVDRConfig(backbone=dict(vocab_size=len(tokenizer), **size), topk=50, **kw), tokenizer
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        r = SVDRRetriever(make().eval())
+        other = SVDRRetriever(make(shift=200).eval())
+    plain = lambda index, queries, k: r.search(queries, index, k)
+    late_by = lambda index, queries, k, m, texts: r.search(queries, index, k, rerank=m, texts=texts)
+    dense = lambda queries, texts: r.encode_queries(queries) @ r.encode(texts, -1).T
+    stored = dict(save=lambda index, path: index.save(path), rerank=late_by, rerank_score=dense, model=r)
+    binary = SimpleNamespace(
+        build=r.binary_index, search=plain, encode=r.encode, load=BinaryTokenIndex.load,
+        add=lambda index, texts: index.add(texts, tokenizer), **stored,
+        score=lambda queries, texts: (r.encode_queries(queries) @ r.encode(texts, "bot").T).masked_fill(r.encode(texts, "bot").sum(1) == 0, -torch.inf),
+    )  # fmt: skip
+    full = SimpleNamespace(
+        build=lambda texts: r.embedding_index(texts, dtype="float32"), search=plain, encode=r.encode, load=EmbeddingIndex.load,
+        add=lambda index, texts: index.add(r.encode(texts)), **stored,
+        score=lambda queries, texts: r.encode_queries(queries) @ r.encode(texts).T,
+    )  # fmt: skip
+    alpha = SimpleNamespace(
+        build=lambda texts: r.embedding_index(texts, -1, dtype="float32"),
+        search=lambda index, queries, k: r.search(queries, index, k, mode="alpha"),
+        score=lambda queries, texts: r.encode_queries(queries, "bot") @ r.encode(texts, -1).T,
+    )
+    few = ["a stone bridge", "a moon"]
+    refuses = {
+        "another shift": lambda: r.search(few, other.binary_index(few)),
+        "another width": lambda: r.search(few, other.embedding_index(few)),
+    }
+    batches = (dict(batch_size=1), dict(batch_size=7))
+    return [
+        (
+            "retriever",
+            "beta",
+            dict(
+                retriever=binary,
+                options=dict(encode=batches, build=(dict(shards=3), dict(workers=2))),
+                refuses=refuses,
+                empty="never",
+                mapped=True,
+            ),
+        ),
+        (
+            "retriever",
+            "full",
+            dict(
+                retriever=full,
+                options=dict(encode=batches),
+                refuses=refuses,
+                mapped=True,
+                exact=False,
+                tol=1e-4,
+            ),
+        ),
+        ("retriever", "alpha", dict(retriever=alpha, refuses=refuses, exact=False, tol=1e-4)),
+    ]
