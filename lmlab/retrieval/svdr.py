@@ -819,9 +819,10 @@ def contracts():
             "beta",
             dict(
                 retriever=binary,
-                options=dict(encode=batches, build=(dict(shards=3), dict(workers=2))),
+                options=dict(encode=batches, build=(dict(shards=3),)),
                 refuses=refuses,
                 empty="never",
+                streams=True,
                 mapped=True,
             ),
         ),
