@@ -189,3 +189,43 @@ def vocab_max(
         )
     values, tokens = _forward(hidden, weight, mask != 0, backend)
     return (values if bias is None else values + bias.to(values.dtype)), tokens
+
+
+def in_torch(hidden, weight, mask):
+    "The table, masked, and its maximum, with torch's own backward: what the kernel has to beat"
+    return (hidden @ weight.mT).masked_fill(~mask[..., None], -torch.inf).max(1)[0]
+
+
+def bench(
+    quick: bool = False,  # fewer words and rounds
+) -> dict:  # name of the case -> (`Timing`, what was moved and computed)
+    "Forward and backward at the width of a small encoder against the whole table, on one thread and on all"
+    from lmlab.core.bench import paired, peak_memory
+
+    words, d = (2000 if quick else 29_523), 384
+    out, rounds = {}, dict(rounds=3 if quick else 9, budget=1 if quick else 12)
+    for threads in sorted({1, torch.get_num_threads()}):
+        for b, length in ((8, 32),) if quick else ((8, 32), (8, 128)):
+            hidden, weight = (
+                torch.randn(b, length, d, requires_grad=True),
+                torch.randn(words, d, requires_grad=True),
+            )
+            mask, grad = torch.ones(b, length, dtype=torch.bool), torch.randn(b, words)
+            for what in ("forward", "forward + backward"):
+
+                def run(f, what=what, x=(hidden, weight, mask), grad=grad):
+                    if what == "forward":
+                        with torch.no_grad():
+                            return f(*x)
+                    return torch.autograd.grad(f(*x), x[:2], grad)
+
+                fns = {
+                    "kernel": lambda run=run: run(lambda h, w, m: vocab_max(h, w, mask=m)[0]),
+                    "table": lambda run=run: run(in_torch),
+                }
+                flops = 2 * b * length * d * words + (4 * b * d * words if what != "forward" else 0)
+                work = {"bytes": 4 * (words * d + b * length * d + 2 * b * words), "flops": flops}
+                work |= {f"memory of the {k}": peak_memory(f) for k, f in fns.items()}
+                name = f"{b} texts of {length} tokens, {words:,} words, {what}, {threads} thread{'s' * (threads > 1)}"
+                out[name] = paired(fns, threads=threads, **rounds), work
+    return out

@@ -28,6 +28,9 @@ __all__ = [
     "DenseEncoder",
     "hard_negatives",
     "idf",
+    "mixed_passages",
+    "queries_like",
+    "latency",
 ]
 
 # %% ../../nbs/retrieval/common.ipynb #e43f33d0
@@ -89,7 +92,7 @@ class Hits:
             refuse("scores", "NaN", "numbers that have an order")
         given = np.broadcast_to(given, scores.shape)
         out = cls.none(len(scores), k)
-        for i, (s, g) in enumerate(zip(scores, given)):
+        for i, (s, g) in enumerate(zip(scores, given, strict=True)):
             real = np.flatnonzero((g >= 0) & (s > -np.inf))
             if k < len(real):  # everything above the k-th, and its equals
                 real = real[s[real] >= np.partition(s[real], len(real) - k)[len(real) - k]]
@@ -937,7 +940,7 @@ def chunks(
     spans = [m.span() for m in re.finditer(r"\S+", text)]
     n = max(1, math.ceil(len(spans) / words))
     cuts = [len(spans) * i // n for i in range(n + 1)]
-    return [(spans[a][0], text[spans[a][0] : spans[z - 1][1]]) for a, z in zip(cuts, cuts[1:]) if z > a]
+    return [(spans[a][0], text[spans[a][0] : spans[z - 1][1]]) for a, z in itertools.pairwise(cuts) if z > a]
 
 
 _DOC = re.compile(r'(?<![\w"])[rR]?"""((?:[^"\\]|\\.|"(?!""))+)"""')
@@ -1037,7 +1040,7 @@ def _splits(groups, sizes, seed):
     "A split for every group: 70 % of the questions train, 10 % validation, 20 % test"
     order = sorted(set(groups), key=lambda g: hashlib.blake2b(f"{seed}/{g}".encode(), digest_size=8).digest())
     count = {g: 0 for g in order}
-    for g, s in zip(groups, sizes):
+    for g, s in zip(groups, sizes, strict=True):
         count[g] += s
     total, at, out = sum(count.values()), 0, {}
     for g in order:
@@ -1080,7 +1083,7 @@ def qa(
             group=[p.passages[n][2] for _, n in wanted],
         )
     )
-    title, text, group = zip(*(p.passages[i] for i in keep))
+    title, text, group = zip(*(p.passages[i] for i in keep), strict=True)
     passages = Dataset.from_dict(dict(id=range(len(keep)), text=text, title=title, group=group))
     return queries, passages, {i: {new[n]: 1} for i, (_, n) in enumerate(wanted)}
 
@@ -1143,10 +1146,10 @@ def evaluate(
     except Exception as e:
         refuse("measures", repr(measures), f"names that ir_measures knows ({e})")
     truth = [ir_measures.Qrel(str(i), str(d), int(r)) for i in ids for d, r in qrels[i].items()]
-    width, rows, scores = hits.ids.shape[1], hits.ids.tolist(), hits.scores.tolist()
+    width, rows = hits.ids.shape[1], hits.ids.tolist()
     run = [
         ir_measures.ScoredDoc(str(i), str(d), float(width - n))
-        for i, row in zip(ids, rows)
+        for i, row in zip(ids, rows, strict=True)
         for n, d in enumerate(row)
         if d >= 0
     ]
@@ -1261,7 +1264,7 @@ def hard_negatives(
     ids = list(range(len(questions)) if ids is None else ids)
     most = max((len(qrels[i]) for i in ids), default=0)
     hits, out = bm25.search(list(questions), n + most), torch.full((len(ids), n), -1)
-    for row, (i, found) in enumerate(zip(ids, hits.ids.tolist())):
+    for row, (i, found) in enumerate(zip(ids, hits.ids.tolist(), strict=True)):
         wrong = [d for d in found if d >= 0 and d not in qrels[i]][:n]
         out[row, : len(wrong)] = torch.tensor(wrong, dtype=torch.int64)
     return out
@@ -1273,3 +1276,64 @@ def idf(
     "BM25's inverse document frequency of every token, log(1 + (N - df + 1/2) / (df + 1/2))"
     df = np.bincount(index.ids, minlength=index.width)
     return torch.from_numpy(np.log1p((len(index) - df + 0.5) / (df + 0.5)).astype(np.float32))
+
+
+# %% ../../nbs/retrieval/common.ipynb #252de831
+def mixed_passages(
+    n: int,  # how many
+    seed: int = 0,
+):  # yields str
+    "Passages of about 100 words, mixed from sentences and names of the Python library"
+    sentences, names = _material()
+    rng = np.random.default_rng(whole("seed", seed, 0))
+    for a in range(0, whole("n", n, 0), PIECE):
+        some = min(PIECE, n - a)
+        parts = rng.integers(len(sentences), size=(some, 6)).tolist()
+        rare = rng.integers(len(names), size=(some, 6)).tolist()
+        for i, j in zip(parts, rare, strict=True):
+            yield " ".join([*(sentences[o] for o in i), *(names[o] for o in j)])
+
+
+@lru_cache(1)
+def _material():
+    "Sentences of 8 to 30 words, and names"
+    root, paths = corpora.python_files()
+    codes = [t for _, t in corpora.documents(list(map(str, paths)), str(root))]
+    texts = [cleandoc(m[1]) for t in codes for m in _DOC.finditer(t)] + list(corpora.pydoc_topics().values())
+    sentences = (" ".join(s.split()) for t in texts for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])|\n\s*\n", t))
+    sentences = list(dict.fromkeys(s for s in sentences if 8 <= s.count(" ") + 1 <= 30))
+    return sentences, sorted({w for t in codes for w in re.findall(r"[A-Za-z_]{4,20}", t)})
+
+
+# %% ../../nbs/retrieval/common.ipynb #75c8caf7
+def queries_like(
+    index: BinaryTokenIndex,
+    n: int,  # queries
+    terms: int,  # ids in each
+    seed: int = 0,
+) -> list:  # of pairs (ids, weights)
+    "Queries that know some passage: ids of it with their inverse document frequencies, and common ids up to the number of terms"
+    rng, weights = np.random.default_rng(seed), idf(index).numpy()
+    out = []
+    for i in rng.choice(np.flatnonzero(np.diff(index.ptr) > 10), n):
+        own = index.tokens(int(i)) - index.shift
+        own = rng.choice(own, min(10, len(own)), replace=False)
+        more = np.setdiff1d(index.ids[rng.integers(len(index.ids), size=8 * terms)].astype(np.int64), own)
+        more = rng.permutation(more)[: terms - len(own)]
+        w = np.concatenate([weights[own], 0.1 * weights[more] * rng.random(len(more), np.float32)])
+        out.append((np.concatenate([own, more]), w))
+    return out
+
+
+def latency(
+    search: Callable,  # one query -> anything
+    queries: list,
+) -> tuple:  # seconds: median, 95th percentile
+    "How long queries take one at a time, after one that does not count"
+    search(queries[0])
+    times = []
+    for q in queries:
+        t = time.perf_counter()
+        search(q)
+        times.append(time.perf_counter() - t)
+    return float(np.median(times)), float(np.quantile(times, 0.95))
