@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import native
 import pytest
 import torch
 from lmlab.kernels import cpu, vocab_max
@@ -171,3 +172,53 @@ def test_bias():
 def test_what_it_refuses(change, says):
     with pytest.raises(ValueError, match=says):
         vocab_max(**(dict(hidden=torch.zeros(2, 5, 8), weight=torch.zeros(31, 8)) | change))
+
+
+DRIVER = r"""
+#include "common.h"
+#include <cmath>
+#include <cstdio>
+#include <vector>
+extern "C" {
+void lmlab_vocab_fold(const float*, int64_t, int64_t, const int32_t*, const int32_t*, float*, int32_t*, int64_t, int64_t, int);
+void lmlab_vocab_backward(const float*, const int32_t*, const float*, const float*, float*, float*, int64_t, int64_t, int64_t, int64_t, int);
+const char* lmlab_levels();
+}
+int main() {
+    int wrong = 0;
+    uint32_t seed = 1;
+    auto next = [&] { return (float)((seed = seed * 1664525 + 1013904223) >> 24) - 100; };
+    for (int64_t words : {1, 15, 16, 17, 513})
+        for (int64_t d : {1, 63, 64, 130}) {
+            const int64_t b = 2, l = 5;
+            std::vector<float> tile(b * l * words), value(b * words, -INFINITY), hidden(b * l * d), weight(words * d), grad(b * words), dh(b * l * d), dw(words * d);
+            std::vector<int32_t> text, token, best(b * words, -1);
+            for (int i = 0; i < b * l; i++) text.push_back(i / l), token.push_back(i % l);
+            for (auto* v : {&tile, &hidden, &weight, &grad}) for (float& x : *v) x = next();
+            lmlab_vocab_fold(tile.data(), b * l, words, text.data(), token.data(), value.data(), best.data(), words, 0, 2);
+            for (int64_t i = 0; i < b; i++)
+                for (int64_t v = 0; v < words; v++) {
+                    int at = 0;
+                    for (int t = 1; t < l; t++) if (tile[(i * l + t) * words + v] > tile[(i * l + at) * words + v]) at = t;
+                    wrong += best[i * words + v] != at || value[i * words + v] != tile[(i * l + at) * words + v];
+                }
+            lmlab_vocab_backward(grad.data(), best.data(), hidden.data(), weight.data(), dh.data(), dw.data(), b, l, d, words, 2);
+            for (int64_t v = 0; v < words; v++)
+                for (int64_t f = 0; f < d; f++) {
+                    float s = 0;
+                    for (int64_t i = 0; i < b; i++) s += hidden[(i * l + best[i * words + v]) * d + f] * grad[i * words + v];
+                    wrong += s != dw[v * d + f];
+                }
+        }
+    printf("%s\nwrong %d\n", lmlab_levels(), wrong);
+    return 0;
+}
+"""
+
+
+def test_sanitizers(tmp_path):
+    native.under_sanitizers(tmp_path, DRIVER, ("vocab",))
+
+
+def test_arm(tmp_path):
+    native.on_arm(tmp_path, DRIVER, ("vocab",))

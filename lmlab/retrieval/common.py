@@ -6,6 +6,7 @@
 __all__ = [
     "PIECE",
     "FORMAT",
+    "SOURCES",
     "MEASURES",
     "Hits",
     "rerank",
@@ -946,7 +947,7 @@ def chunks(
 _DOC = re.compile(r'(?<![\w"])[rR]?"""((?:[^"\\]|\\.|"(?!""))+)"""')
 
 
-def _stdlib(words):
+def _stdlib():
     "What a docstring says in its first line, and what it says after it"
     root, paths = corpora.python_files()
     for name, code in corpora.documents(list(map(str, paths)), str(root)):
@@ -1006,117 +1007,171 @@ def _squad(path):
                 yield article["title"], article["title"], qa_["question"], p["context"], at
 
 
-def _titled(path):
-    "Passages without questions"
-    for row in _json(path):
-        yield row.get("title", ""), row["text"]
+def _beir_folder(folder, split):
+    "Rows of a folder in BEIR's layout: corpus, queries, qrels of a split"
+    folder, names = Path(folder), dict(train="train", validation="dev", test="test")
+    file = lambda stem: next((p for p in sorted(folder.glob(f"{stem}.jsonl*"))), None)
+    if not file("corpus") or not file("queries"):
+        raise ValueError(
+            f"dataset: {folder} is not in BEIR's layout, with corpus.jsonl, queries.jsonl and qrels/{names[split]}.tsv"
+        )
+    if not (path := folder / "qrels" / f"{names[split]}.tsv").is_file():
+        have = ", ".join(p.stem for p in sorted(folder.glob("qrels/*.tsv"))) or "none"
+        raise ValueError(f"dataset: {folder} has no qrels/{path.name} for split {split!r}; there are: {have}")
+    rows = [line.split("\t") for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if bad := next((r for r in rows if len(r) != 3), None):
+        raise ValueError(
+            f"dataset: {path} has the line {bad!r}; a query, a passage and a number are allowed, with tabs between"
+        )
+    return _json(file("corpus")), _json(file("queries")), [r for r in rows if r[2].lstrip("-").isdigit()]
 
 
-@dataclass
+def _beir_hub(name, split):
+    "The same from the Hub, as the sets of BEIR are kept there: configurations `corpus` and `queries`, and a set `…-qrels`"
+    from datasets import load_dataset
+
+    try:
+        corpus, queries = (load_dataset(name, o)[o] for o in ("corpus", "queries"))
+        rows = load_dataset(f"{name}-qrels")[split]
+    except Exception as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(
+            f"dataset: {name!r} is no file or folder here, and asking the Hub for it failed with: {first}"
+        ) from e
+    return corpus, queries, [(r["query-id"], r["corpus-id"], r["score"]) for r in rows]
+
+
+def _beir(corpus, queries, qrels, words, limit):
+    "Questions with all their relevant passages, and every passage of the corpus"
+    p, place = _Pool(words), {}
+    for row in corpus:
+        if parts := chunks(row["text"], words):
+            place[str(row["_id"])] = p.passage(
+                row.get("title") or "", parts[0][1], row.get("title") or str(row["_id"])
+            )
+    asked, truth = {str(r["_id"]): r["text"] for r in queries}, {}
+    for query, passage, score in qrels:
+        if int(score) > 0 and str(passage) in place and str(query) in asked:
+            truth.setdefault(str(query), {})[place[str(passage)]] = int(score)
+    names = list(truth)[:limit]
+    if not names:
+        raise ValueError("dataset: no question of this split has a passage in the corpus")
+    of = lambda n, what: p.passages[next(iter(truth[n]))][what]
+    queries = [(asked[n], of(n, 0), of(n, 2)) for n in names]
+    return queries, p.passages, {i: truth[n] for i, n in enumerate(names)}
+
+
+def _table(rows):
+    "id, text, title, group"
+    from datasets import Dataset
+
+    text, title, group = zip(*rows, strict=True) if rows else ((), (), ())
+    return Dataset.from_dict(dict(id=range(len(text)), text=text, title=title, group=group))
+
+
 class _Pool:
     "Questions, passages and what answers what, before they are split"
 
-    words: int
-
-    def __post_init__(self):
-        self.passages, self.queries, self.place = [], [], {}  # (title, text, group), (text, group, passage)
+    def __init__(self, words):
+        self.words, self.passages, self.queries, self.place = words, [], [], {}
 
     def passage(self, title, text, group):
+        "Its number; equal texts are one passage, of the group that had it first"
         if text not in self.place:
             self.place[text] = len(self.passages)
             self.passages.append((title, text, group))
         return self.place[text]
 
-    def pair(self, title, group, question, body, at, cut=False):
+    def pair(self, title, group, question, body, at):
+        "A question whose answer begins at a character of the body; None: the body's first passage is all there is"
         parts = chunks(body, self.words)
-        if at is None:
-            parts = parts[:1]
+        if not parts:
+            return
+        parts = parts[:1] if at is None else parts
         numbers = [self.passage(title, t, group) for _, t in parts]
-        hit = max((i for i, (first, _) in enumerate(parts) if first <= (at or 0)), default=0)
-        self.queries.append((question, numbers[hit]))
+        self.queries.append(
+            (question, numbers[max(i for i, (first, _) in enumerate(parts) if first <= (at or 0) or not i)])
+        )
 
 
-def _splits(groups, sizes, seed):
+def _splits(groups, seed):
     "A split for every group: 70 % of the questions train, 10 % validation, 20 % test"
-    order = sorted(set(groups), key=lambda g: hashlib.blake2b(f"{seed}/{g}".encode(), digest_size=8).digest())
-    count = {g: 0 for g in order}
-    for g, s in zip(groups, sizes, strict=True):
-        count[g] += s
-    total, at, out = sum(count.values()), 0, {}
+    count = collections.Counter(groups)
+    order = sorted(count, key=lambda g: hashlib.blake2b(f"{seed}/{g}".encode(), digest_size=8).digest())
+    at, out = 0, {}
     for g in order:
-        middle = (at + count[g] / 2) / max(1, total)
+        middle = (at + count[g] / 2) / len(groups)
         out[g] = "train" if middle < 0.7 else "validation" if middle < 0.8 else "test"
         at += count[g]
     return out
 
 
 def qa(
-    dataset: str = "stdlib",  # 'stdlib', 'nq', 'xquad', a SQuAD-format file, or a BEIR-style folder
+    dataset: str = "stdlib",  # 'stdlib', 'nq', 'xquad', a file in SQuAD's format, a folder in BEIR's layout or such a set's Hub id
     split: str = "test",  # train, validation or test; they share no group (module, page, article)
     *,
     pool: str = "split",  # passages to search in: those of the split, or "all"
     words: int = 100,  # longest passage
-    distractors: bool = False,  # 'nq' only: add the passages of 2wikimultihopqa_corpus.json.gz
+    distractors: bool = False,  # 'nq' only: also the passages of 2wikimultihopqa_corpus.json.gz, which answer nothing
     limit: int = None,  # questions at most
     seed: int = 0,  # of the split
-) -> tuple:  # queries Dataset (id, text, title, group), passages Dataset (same columns), qrels {query id: {passage id: 1}}
+) -> tuple:  # queries and passages, Datasets of id, text, title, group; qrels {query id: {passage id: 1}}
     "Questions, the passages that answer them, and others"
     if split not in corpora.SPLITS:
         refuse("split", repr(split), f"{', '.join(corpora.SPLITS)}.{nearest(str(split), corpora.SPLITS)}")
     if pool not in ("split", "all"):
         refuse("pool", repr(pool), "'split' or 'all'")
-    p = _pool(str(dataset), whole("words", words), bool(distractors), os.environ.get("LMLAB_DATA"))
-    groups = [p.passages[n][2] for _, n in p.queries]
-    of = _splits(groups, [1] * len(groups), seed)
-    wanted = [(q, n) for q, n in p.queries if of[p.passages[n][2]] == split]
-    if limit is not None:
-        wanted = wanted[: whole("limit", limit)]
-    keep = [i for i, (_, _, g) in enumerate(p.passages) if pool == "all" or of.get(g, split) == split]
+    if distractors and dataset != "nq":
+        refuse("distractors", f"{distractors!r} with {dataset!r}", "'nq' only")
+    words, limit = whole("words", words), None if limit is None else whole("limit", limit)
+    name = str(dataset)
+    if name not in SOURCES and (
+        Path(name).is_dir() or (not Path(name).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
+    ):
+        rows = _beir_folder(name, split) if Path(name).is_dir() else _beir_hub(name, split)
+        queries, passages, qrels = _beir(*rows, words, limit)
+        return _table(queries), _table([(text, title, group) for title, text, group in passages]), qrels
+    p = _pool(name, words, bool(distractors), os.environ.get("LMLAB_DATA"))
+    group = lambda n: p.passages[n][2]
+    of = _splits([group(n) for _, n in p.queries], seed)
+    wanted = [(q, n) for q, n in p.queries if of[group(n)] == split][:limit]
+    keep = [i for i in range(len(p.passages)) if pool == "all" or of.get(group(i), split) == split]
     new = {old: i for i, old in enumerate(keep)}
-    from datasets import Dataset
-
-    queries = Dataset.from_dict(
-        dict(
-            id=range(len(wanted)),
-            text=[q for q, _ in wanted],
-            title=[p.passages[n][0] for _, n in wanted],
-            group=[p.passages[n][2] for _, n in wanted],
-        )
-    )
-    title, text, group = zip(*(p.passages[i] for i in keep), strict=True)
-    passages = Dataset.from_dict(dict(id=range(len(keep)), text=text, title=title, group=group))
+    queries = _table([(q, p.passages[n][0], group(n)) for q, n in wanted])
+    passages = _table([(p.passages[i][1], p.passages[i][0], group(i)) for i in keep])
     return queries, passages, {i: {new[n]: 1} for i, (_, n) in enumerate(wanted)}
+
+
+SOURCES = ("stdlib", "nq", "xquad")
 
 
 @lru_cache(8)
 def _pool(dataset, words, distractors, data):
+    "All questions and passages of a source; `data` is the folder of LMLAB_DATA, which decides what is found"
     p = _Pool(words)
     if dataset == "stdlib":
-        rows = [r for r in _stdlib(words) if 4 <= len(r[2].split()) <= 40 and len(r[3].split()) >= 12]
+        rows = [r for r in _stdlib() if 4 <= len(r[2].split()) <= 40 and len(r[3].split()) >= 12]
     elif dataset == "nq":
         rows = list(_nq())
-    elif dataset == "xquad":
-        rows = list(_squad(data_file("xquad.en.dev.json.gz")))
-    elif Path(dataset).is_file():
-        rows = list(_squad(dataset))
+    elif dataset == "xquad" or Path(dataset).is_file():
+        rows = list(_squad(data_file("xquad.en.dev.json.gz") if dataset == "xquad" else dataset))
     else:
         refuse(
             "dataset",
             repr(dataset),
-            f"'stdlib', 'nq', 'xquad', a file in SQuAD's format.{nearest(dataset, ('stdlib', 'nq', 'xquad'))}",
+            f"{', '.join(map(repr, SOURCES))}, a file, a folder or a Hub id.{nearest(dataset, SOURCES)}",
         )
-    asked = {}
+    answers = collections.defaultdict(set)
     for r in rows:
-        asked.setdefault(r[2].lower(), set()).add(r[3])
+        answers[r[2].lower()].add(r[3])
     for r in rows:
-        if len(asked[r[2].lower()]) == 1:  # a question with several answers is no question
+        if len(answers[r[2].lower()]) == 1:  # with several answers it is no question
             p.pair(*r)
-    seen = set()
-    p.queries = [q for q in p.queries if not (q in seen or seen.add(q))]
+    p.queries = list(dict.fromkeys(p.queries))
     if distractors:
-        for title, text in _titled(data_file("2wikimultihopqa_corpus.json.gz")):
-            for _, t in chunks(text, words):
-                p.passage(title, t, f"2wiki {title}")
+        for row in _json(data_file("2wikimultihopqa_corpus.json.gz")):
+            for _, t in chunks(row["text"], words):
+                p.passage(row["title"], t, f"2wiki: {row['title']}")
     return p
 
 
