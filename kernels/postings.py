@@ -277,3 +277,71 @@ class Memo:
                 break
             self._learn(list(dict.fromkeys(text[a : a + size] for a, size in unknown[:n].tolist())))
         return out[np.arange(room) < lengths[:, None]], lengths
+
+
+# ---- races
+
+
+def _passages(n, width, mean, seed=0):
+    "Sets of ids with the frequencies of words: the r-th commonest in proportion to 1/r"
+    rng = np.random.default_rng(seed)
+    edges = np.cumsum(1 / np.arange(1, width + 1))
+    drawn = np.searchsorted(edges, rng.random((n, mean)) * edges[-1]).astype(np.int64)
+    entries = np.unique(np.arange(n)[:, None] * width + drawn)
+    names = rng.permutation(width)  # how common an id is does not follow its number
+    entries = np.sort(entries // width * width + names[entries % width])
+    ptr = np.searchsorted(entries, np.arange(n + 1) * width)
+    return (entries % width).astype(np.uint16), ptr.astype(np.int64)
+
+
+def _lists(ids, ptr, width):
+    made = []
+    for a in range(0, len(ptr) - 1, BLOCK):
+        p = ptr[a : a + BLOCK + 1]
+        made.append(invert(ids[p[0] : p[-1]], p - p[0], width))
+    return Lists(np.concatenate([o[0] for o in made]), np.stack([o[1] for o in made]), len(ptr) - 1)
+
+
+def bench(
+    quick: bool = False,  # fewer passages and rounds
+) -> dict:  # name of the case -> (`Timing`, what was moved and computed)
+    "Queries of 10 and of 768 ids, one at a time and 32 together, against torch's sparse matrix product; and the making of lists"
+    from lmlab.core.bench import paired
+
+    out, width, n = {}, 29_523, 20_000 if quick else 400_000
+    ids, ptr = _passages(n, width, 120)
+    lists = _lists(ids, ptr, width)
+    sizes = (torch.from_numpy(ptr), torch.from_numpy(ids.astype(np.int64)), torch.ones(len(ids)))
+    table = torch.sparse_csr_tensor(*sizes, (n, width), check_invariants=False)
+    frequency, rng = np.bincount(ids, minlength=width), np.random.default_rng(1)
+    rounds = dict(rounds=5 if quick else 15, budget=1 if quick else 4)
+    for threads in sorted({1, torch.get_num_threads()}):
+        for b, terms in ((1, 10), (1, 768), (32, 768)):
+            picked = [
+                np.sort(rng.choice(ids[rng.integers(len(ids), size=4 * terms)], terms)) for _ in range(b)
+            ]
+            picked = [np.unique(o) for o in picked]
+            qptr = np.append(0, np.cumsum([len(o) for o in picked])).astype(np.int64)
+            qids = np.concatenate(picked).astype(np.int32)
+            weights = rng.random(len(qids), np.float32)
+            dense = torch.zeros(b, width)
+            for i in range(b):
+                dense[i, qids[qptr[i] : qptr[i + 1]]] = torch.from_numpy(weights[qptr[i] : qptr[i + 1]])
+            fns = {
+                "kernel": lambda q=(qptr, qids, weights): search(lists, *q, 100),
+                "sparse product": lambda q=dense: (table @ q.mT).topk(100, 0),
+            }
+            adds = int(frequency[qids].sum())
+            name = f"{n:,} passages, {b} quer{'ies' if b > 1 else 'y'} of {terms} ids, {threads} thread{'s' * (threads > 1)}"
+            out[name] = (
+                paired(fns, threads=threads, **rounds),
+                {"bytes": 2 * adds + 4 * n * b, "flops": adds},
+            )
+    p = ptr[: min(n, BLOCK) + 1]
+    fns = {
+        "kernel": lambda: invert(ids[: p[-1]], p, width),
+        "stable sort": lambda: invert(ids[: p[-1]], p, width, backend="reference"),
+    }
+    work = {"bytes": 6 * int(p[-1]), "flops": int(p[-1])}
+    out[f"lists of {len(p) - 1:,} passages, 1 thread"] = (paired(fns, threads=1, **rounds), work)
+    return out

@@ -22,32 +22,18 @@ def _wide(x):
 
 
 def reference(hidden, weight, mask):
-    "As `vocab_max` without the bias, with the whole table"
+    "The definition, with the whole table and without the bias"
     z = _wide(hidden) @ _wide(weight).mT
     z = z.masked_fill(~mask[..., None], -torch.inf)
     if not z.shape[1]:
         z = z.new_full((len(z), 1, z.shape[2]), -torch.inf)
     values, tokens = z.max(1)
-    nan = values.isnan()
-    first = torch.where(nan, z.isnan().int().argmax(1), (z == values[:, None]).int().argmax(1))
+    first = torch.where(values.isnan(), z.isnan().int().argmax(1), (z == values[:, None]).int().argmax(1))
     none = values == -torch.inf
     return values.to(hidden.dtype), first.int().masked_fill(none, -1)
 
 
-def reference_backward(grad, hidden, weight, tokens):
-    "Gradients for `hidden` and `weight`"
-    b, length, d = hidden.shape
-    index, lost = tokens.long().clamp(min=0), tokens < 0
-    g = _wide(grad).masked_fill(lost, 0)
-    table = g.new_zeros(b, length, weight.shape[0])  # the share of every token and word, one of a column
-    if length:
-        table.scatter_(1, index[:, None], g[:, None])
-    by_hidden = (table @ _wide(weight)).to(hidden.dtype)
-    by_weight = (table.flatten(0, 1).mT @ _wide(hidden).flatten(0, 1)).to(weight.dtype)
-    return by_hidden, by_weight
-
-
-WIDE, ROWS = 4096, 128  # words and tokens of a tile of products
+WIDE, ROWS = 2048, 256  # words and tokens of a tile of products: 2 MB
 
 
 def tiled(hidden, weight, mask):
@@ -57,9 +43,9 @@ def tiled(hidden, weight, mask):
     tokens = torch.full(values.shape, -1, dtype=torch.int32, device=hidden.device)
     for i in range(b):
         at = mask[i].nonzero()[:, 0]  # tokens that are let in
-        rows = hidden[i, at]
+        rows = _wide(hidden[i, at])
         for v in range(0, weight.shape[0], WIDE):
-            part = weight[v : v + WIDE]
+            part = _wide(weight[v : v + WIDE])
             for a in range(0, len(at), ROWS):
                 best, first = (rows[a : a + ROWS] @ part.mT).max(0)
                 first = at[a + first].int()
@@ -87,8 +73,53 @@ def scattered(grad, hidden, weight, tokens):
     return by_hidden.to(hidden.dtype), by_weight.to(weight.dtype)
 
 
-FORWARD = Operation("vocab_max", tiled, tiled)
-BACKWARD = Operation("vocab_max_backward", scattered, scattered)
+_P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+def on_cpu(hidden, weight, mask):
+    "As `tiled`: torch multiplies, C++ folds the tile into what is known; products and sums are float32"
+    text, token = mask.nonzero(as_tuple=True)
+    rows, text, token = hidden[text, token].float(), text.int(), token.int()
+    values = torch.full((len(hidden), len(weight)), -torch.inf)
+    tokens, tile = torch.full(values.shape, -1, dtype=torch.int32), torch.empty(ROWS * WIDE)
+    fold = cpu.symbol("lmlab_vocab_fold", None, _P, _L, _L, _P, _P, _P, _P, _L, _L, _I)
+    for v in range(0, len(weight), WIDE):
+        part = weight[v : v + WIDE].float()
+        for a in range(0, len(rows), ROWS):
+            some = rows[a : a + ROWS]
+            z = torch.mm(some, part.mT, out=tile[: len(some) * len(part)].view(len(some), len(part)))
+            at = (text[a:].data_ptr(), token[a:].data_ptr(), values.data_ptr(), tokens.data_ptr())
+            fold(z.data_ptr(), len(some), len(part), *at, len(weight), v, torch.get_num_threads())
+    return values.to(hidden.dtype), tokens
+
+
+def on_cpu_backward(grad, hidden, weight, tokens):
+    "As `scattered`, in C++"
+    by_hidden, by_weight = torch.zeros(hidden.shape), torch.zeros(weight.shape)
+    grad, wide_hidden, wide_weight = (t.float().contiguous() for t in (grad, hidden, weight))
+    if grad.numel():
+        call = cpu.symbol("lmlab_vocab_backward", None, *[_P] * 6, *[_L] * 4, _I)
+        arrays = (grad, tokens.contiguous(), wide_hidden, wide_weight, by_hidden, by_weight)
+        call(*(t.data_ptr() for t in arrays), *hidden.shape, len(weight), torch.get_num_threads())
+    return by_hidden.to(hidden.dtype), by_weight.to(weight.dtype)
+
+
+def on_triton(hidden, weight, mask):
+    "As `tiled`, in Triton"
+    from lmlab.kernels.vocab_triton import forward
+
+    return forward(hidden, weight, mask)
+
+
+def on_triton_backward(grad, hidden, weight, tokens):
+    "As `scattered`, in Triton"
+    from lmlab.kernels.vocab_triton import backward
+
+    return backward(grad, hidden, weight, tokens)
+
+
+FORWARD = Operation("vocab_max", tiled, on_cpu, on_triton, dtypes=DTYPES)
+BACKWARD = Operation("vocab_max_backward", scattered, on_cpu_backward, on_triton_backward, dtypes=DTYPES)
 
 
 @torch.library.custom_op("lmlab::vocab_max", mutates_args=())
@@ -158,3 +189,43 @@ def vocab_max(
         )
     values, tokens = _forward(hidden, weight, mask != 0, backend)
     return (values if bias is None else values + bias.to(values.dtype)), tokens
+
+
+def in_torch(hidden, weight, mask):
+    "The table, masked, and its maximum, with torch's own backward: what the kernel has to beat"
+    return (hidden @ weight.mT).masked_fill(~mask[..., None], -torch.inf).max(1)[0]
+
+
+def bench(
+    quick: bool = False,  # fewer words and rounds
+) -> dict:  # name of the case -> (`Timing`, what was moved and computed)
+    "Forward and backward at the width of a small encoder against the whole table, on one thread and on all"
+    from lmlab.core.bench import paired, peak_memory
+
+    words, d = (2000 if quick else 29_523), 384
+    out, rounds = {}, dict(rounds=3 if quick else 9, budget=1 if quick else 12)
+    for threads in sorted({1, torch.get_num_threads()}):
+        for b, length in ((8, 32),) if quick else ((8, 32), (8, 128)):
+            hidden, weight = (
+                torch.randn(b, length, d, requires_grad=True),
+                torch.randn(words, d, requires_grad=True),
+            )
+            mask, grad = torch.ones(b, length, dtype=torch.bool), torch.randn(b, words)
+            for what in ("forward", "forward + backward"):
+
+                def run(f, what=what, x=(hidden, weight, mask), grad=grad):
+                    if what == "forward":
+                        with torch.no_grad():
+                            return f(*x)
+                    return torch.autograd.grad(f(*x), x[:2], grad)
+
+                fns = {
+                    "kernel": lambda run=run: run(lambda h, w, m: vocab_max(h, w, mask=m)[0]),
+                    "table": lambda run=run: run(in_torch),
+                }
+                flops = 2 * b * length * d * words + (4 * b * d * words if what != "forward" else 0)
+                work = {"bytes": 4 * (words * d + b * length * d + 2 * b * words), "flops": flops}
+                work |= {f"memory of the {k}": peak_memory(f) for k, f in fns.items()}
+                name = f"{b} texts of {length} tokens, {words:,} words, {what}, {threads} thread{'s' * (threads > 1)}"
+                out[name] = paired(fns, threads=threads, **rounds), work
+    return out

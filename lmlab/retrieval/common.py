@@ -6,6 +6,7 @@
 __all__ = [
     "PIECE",
     "FORMAT",
+    "SOURCES",
     "MEASURES",
     "Hits",
     "rerank",
@@ -28,6 +29,9 @@ __all__ = [
     "DenseEncoder",
     "hard_negatives",
     "idf",
+    "mixed_passages",
+    "queries_like",
+    "latency",
 ]
 
 # %% ../../nbs/retrieval/common.ipynb #e43f33d0
@@ -89,7 +93,7 @@ class Hits:
             refuse("scores", "NaN", "numbers that have an order")
         given = np.broadcast_to(given, scores.shape)
         out = cls.none(len(scores), k)
-        for i, (s, g) in enumerate(zip(scores, given)):
+        for i, (s, g) in enumerate(zip(scores, given, strict=True)):
             real = np.flatnonzero((g >= 0) & (s > -np.inf))
             if k < len(real):  # everything above the k-th, and its equals
                 real = real[s[real] >= np.partition(s[real], len(real) - k)[len(real) - k]]
@@ -937,13 +941,13 @@ def chunks(
     spans = [m.span() for m in re.finditer(r"\S+", text)]
     n = max(1, math.ceil(len(spans) / words))
     cuts = [len(spans) * i // n for i in range(n + 1)]
-    return [(spans[a][0], text[spans[a][0] : spans[z - 1][1]]) for a, z in zip(cuts, cuts[1:]) if z > a]
+    return [(spans[a][0], text[spans[a][0] : spans[z - 1][1]]) for a, z in itertools.pairwise(cuts) if z > a]
 
 
 _DOC = re.compile(r'(?<![\w"])[rR]?"""((?:[^"\\]|\\.|"(?!""))+)"""')
 
 
-def _stdlib(words):
+def _stdlib():
     "What a docstring says in its first line, and what it says after it"
     root, paths = corpora.python_files()
     for name, code in corpora.documents(list(map(str, paths)), str(root)):
@@ -1003,117 +1007,171 @@ def _squad(path):
                 yield article["title"], article["title"], qa_["question"], p["context"], at
 
 
-def _titled(path):
-    "Passages without questions"
-    for row in _json(path):
-        yield row.get("title", ""), row["text"]
+def _beir_folder(folder, split):
+    "Rows of a folder in BEIR's layout: corpus, queries, qrels of a split"
+    folder, names = Path(folder), dict(train="train", validation="dev", test="test")
+    file = lambda stem: next((p for p in sorted(folder.glob(f"{stem}.jsonl*"))), None)
+    if not file("corpus") or not file("queries"):
+        raise ValueError(
+            f"dataset: {folder} is not in BEIR's layout, with corpus.jsonl, queries.jsonl and qrels/{names[split]}.tsv"
+        )
+    if not (path := folder / "qrels" / f"{names[split]}.tsv").is_file():
+        have = ", ".join(p.stem for p in sorted(folder.glob("qrels/*.tsv"))) or "none"
+        raise ValueError(f"dataset: {folder} has no qrels/{path.name} for split {split!r}; there are: {have}")
+    rows = [line.split("\t") for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if bad := next((r for r in rows if len(r) != 3), None):
+        raise ValueError(
+            f"dataset: {path} has the line {bad!r}; a query, a passage and a number are allowed, with tabs between"
+        )
+    return _json(file("corpus")), _json(file("queries")), [r for r in rows if r[2].lstrip("-").isdigit()]
 
 
-@dataclass
+def _beir_hub(name, split):
+    "The same from the Hub, as the sets of BEIR are kept there: configurations `corpus` and `queries`, and a set `…-qrels`"
+    from datasets import load_dataset
+
+    try:
+        corpus, queries = (load_dataset(name, o)[o] for o in ("corpus", "queries"))
+        rows = load_dataset(f"{name}-qrels")[split]
+    except Exception as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(
+            f"dataset: {name!r} is no file or folder here, and asking the Hub for it failed with: {first}"
+        ) from e
+    return corpus, queries, [(r["query-id"], r["corpus-id"], r["score"]) for r in rows]
+
+
+def _beir(corpus, queries, qrels, words, limit):
+    "Questions with all their relevant passages, and every passage of the corpus"
+    p, place = _Pool(words), {}
+    for row in corpus:
+        if parts := chunks(row["text"], words):
+            place[str(row["_id"])] = p.passage(
+                row.get("title") or "", parts[0][1], row.get("title") or str(row["_id"])
+            )
+    asked, truth = {str(r["_id"]): r["text"] for r in queries}, {}
+    for query, passage, score in qrels:
+        if int(score) > 0 and str(passage) in place and str(query) in asked:
+            truth.setdefault(str(query), {})[place[str(passage)]] = int(score)
+    names = list(truth)[:limit]
+    if not names:
+        raise ValueError("dataset: no question of this split has a passage in the corpus")
+    of = lambda n, what: p.passages[next(iter(truth[n]))][what]
+    queries = [(asked[n], of(n, 0), of(n, 2)) for n in names]
+    return queries, p.passages, {i: truth[n] for i, n in enumerate(names)}
+
+
+def _table(rows):
+    "id, text, title, group"
+    from datasets import Dataset
+
+    text, title, group = zip(*rows, strict=True) if rows else ((), (), ())
+    return Dataset.from_dict(dict(id=range(len(text)), text=text, title=title, group=group))
+
+
 class _Pool:
     "Questions, passages and what answers what, before they are split"
 
-    words: int
-
-    def __post_init__(self):
-        self.passages, self.queries, self.place = [], [], {}  # (title, text, group), (text, group, passage)
+    def __init__(self, words):
+        self.words, self.passages, self.queries, self.place = words, [], [], {}
 
     def passage(self, title, text, group):
+        "Its number; equal texts are one passage, of the group that had it first"
         if text not in self.place:
             self.place[text] = len(self.passages)
             self.passages.append((title, text, group))
         return self.place[text]
 
-    def pair(self, title, group, question, body, at, cut=False):
+    def pair(self, title, group, question, body, at):
+        "A question whose answer begins at a character of the body; None: the body's first passage is all there is"
         parts = chunks(body, self.words)
-        if at is None:
-            parts = parts[:1]
+        if not parts:
+            return
+        parts = parts[:1] if at is None else parts
         numbers = [self.passage(title, t, group) for _, t in parts]
-        hit = max((i for i, (first, _) in enumerate(parts) if first <= (at or 0)), default=0)
-        self.queries.append((question, numbers[hit]))
+        self.queries.append(
+            (question, numbers[max(i for i, (first, _) in enumerate(parts) if first <= (at or 0) or not i)])
+        )
 
 
-def _splits(groups, sizes, seed):
+def _splits(groups, seed):
     "A split for every group: 70 % of the questions train, 10 % validation, 20 % test"
-    order = sorted(set(groups), key=lambda g: hashlib.blake2b(f"{seed}/{g}".encode(), digest_size=8).digest())
-    count = {g: 0 for g in order}
-    for g, s in zip(groups, sizes):
-        count[g] += s
-    total, at, out = sum(count.values()), 0, {}
+    count = collections.Counter(groups)
+    order = sorted(count, key=lambda g: hashlib.blake2b(f"{seed}/{g}".encode(), digest_size=8).digest())
+    at, out = 0, {}
     for g in order:
-        middle = (at + count[g] / 2) / max(1, total)
+        middle = (at + count[g] / 2) / len(groups)
         out[g] = "train" if middle < 0.7 else "validation" if middle < 0.8 else "test"
         at += count[g]
     return out
 
 
 def qa(
-    dataset: str = "stdlib",  # 'stdlib', 'nq', 'xquad', a SQuAD-format file, or a BEIR-style folder
+    dataset: str = "stdlib",  # 'stdlib', 'nq', 'xquad', a file in SQuAD's format, a folder in BEIR's layout or such a set's Hub id
     split: str = "test",  # train, validation or test; they share no group (module, page, article)
     *,
     pool: str = "split",  # passages to search in: those of the split, or "all"
     words: int = 100,  # longest passage
-    distractors: bool = False,  # 'nq' only: add the passages of 2wikimultihopqa_corpus.json.gz
+    distractors: bool = False,  # 'nq' only: also the passages of 2wikimultihopqa_corpus.json.gz, which answer nothing
     limit: int = None,  # questions at most
     seed: int = 0,  # of the split
-) -> tuple:  # queries Dataset (id, text, title, group), passages Dataset (same columns), qrels {query id: {passage id: 1}}
+) -> tuple:  # queries and passages, Datasets of id, text, title, group; qrels {query id: {passage id: 1}}
     "Questions, the passages that answer them, and others"
     if split not in corpora.SPLITS:
         refuse("split", repr(split), f"{', '.join(corpora.SPLITS)}.{nearest(str(split), corpora.SPLITS)}")
     if pool not in ("split", "all"):
         refuse("pool", repr(pool), "'split' or 'all'")
-    p = _pool(str(dataset), whole("words", words), bool(distractors), os.environ.get("LMLAB_DATA"))
-    groups = [p.passages[n][2] for _, n in p.queries]
-    of = _splits(groups, [1] * len(groups), seed)
-    wanted = [(q, n) for q, n in p.queries if of[p.passages[n][2]] == split]
-    if limit is not None:
-        wanted = wanted[: whole("limit", limit)]
-    keep = [i for i, (_, _, g) in enumerate(p.passages) if pool == "all" or of.get(g, split) == split]
+    if distractors and dataset != "nq":
+        refuse("distractors", f"{distractors!r} with {dataset!r}", "'nq' only")
+    words, limit = whole("words", words), None if limit is None else whole("limit", limit)
+    name = str(dataset)
+    if name not in SOURCES and (
+        Path(name).is_dir() or (not Path(name).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
+    ):
+        rows = _beir_folder(name, split) if Path(name).is_dir() else _beir_hub(name, split)
+        queries, passages, qrels = _beir(*rows, words, limit)
+        return _table(queries), _table([(text, title, group) for title, text, group in passages]), qrels
+    p = _pool(name, words, bool(distractors), os.environ.get("LMLAB_DATA"))
+    group = lambda n: p.passages[n][2]
+    of = _splits([group(n) for _, n in p.queries], seed)
+    wanted = [(q, n) for q, n in p.queries if of[group(n)] == split][:limit]
+    keep = [i for i in range(len(p.passages)) if pool == "all" or of.get(group(i), split) == split]
     new = {old: i for i, old in enumerate(keep)}
-    from datasets import Dataset
-
-    queries = Dataset.from_dict(
-        dict(
-            id=range(len(wanted)),
-            text=[q for q, _ in wanted],
-            title=[p.passages[n][0] for _, n in wanted],
-            group=[p.passages[n][2] for _, n in wanted],
-        )
-    )
-    title, text, group = zip(*(p.passages[i] for i in keep))
-    passages = Dataset.from_dict(dict(id=range(len(keep)), text=text, title=title, group=group))
+    queries = _table([(q, p.passages[n][0], group(n)) for q, n in wanted])
+    passages = _table([(p.passages[i][1], p.passages[i][0], group(i)) for i in keep])
     return queries, passages, {i: {new[n]: 1} for i, (_, n) in enumerate(wanted)}
+
+
+SOURCES = ("stdlib", "nq", "xquad")
 
 
 @lru_cache(8)
 def _pool(dataset, words, distractors, data):
+    "All questions and passages of a source; `data` is the folder of LMLAB_DATA, which decides what is found"
     p = _Pool(words)
     if dataset == "stdlib":
-        rows = [r for r in _stdlib(words) if 4 <= len(r[2].split()) <= 40 and len(r[3].split()) >= 12]
+        rows = [r for r in _stdlib() if 4 <= len(r[2].split()) <= 40 and len(r[3].split()) >= 12]
     elif dataset == "nq":
         rows = list(_nq())
-    elif dataset == "xquad":
-        rows = list(_squad(data_file("xquad.en.dev.json.gz")))
-    elif Path(dataset).is_file():
-        rows = list(_squad(dataset))
+    elif dataset == "xquad" or Path(dataset).is_file():
+        rows = list(_squad(data_file("xquad.en.dev.json.gz") if dataset == "xquad" else dataset))
     else:
         refuse(
             "dataset",
             repr(dataset),
-            f"'stdlib', 'nq', 'xquad', a file in SQuAD's format.{nearest(dataset, ('stdlib', 'nq', 'xquad'))}",
+            f"{', '.join(map(repr, SOURCES))}, a file, a folder or a Hub id.{nearest(dataset, SOURCES)}",
         )
-    asked = {}
+    answers = collections.defaultdict(set)
     for r in rows:
-        asked.setdefault(r[2].lower(), set()).add(r[3])
+        answers[r[2].lower()].add(r[3])
     for r in rows:
-        if len(asked[r[2].lower()]) == 1:  # a question with several answers is no question
+        if len(answers[r[2].lower()]) == 1:  # with several answers it is no question
             p.pair(*r)
-    seen = set()
-    p.queries = [q for q in p.queries if not (q in seen or seen.add(q))]
+    p.queries = list(dict.fromkeys(p.queries))
     if distractors:
-        for title, text in _titled(data_file("2wikimultihopqa_corpus.json.gz")):
-            for _, t in chunks(text, words):
-                p.passage(title, t, f"2wiki {title}")
+        for row in _json(data_file("2wikimultihopqa_corpus.json.gz")):
+            for _, t in chunks(row["text"], words):
+                p.passage(row["title"], t, f"2wiki: {row['title']}")
     return p
 
 
@@ -1143,10 +1201,10 @@ def evaluate(
     except Exception as e:
         refuse("measures", repr(measures), f"names that ir_measures knows ({e})")
     truth = [ir_measures.Qrel(str(i), str(d), int(r)) for i in ids for d, r in qrels[i].items()]
-    width, rows, scores = hits.ids.shape[1], hits.ids.tolist(), hits.scores.tolist()
+    width, rows = hits.ids.shape[1], hits.ids.tolist()
     run = [
         ir_measures.ScoredDoc(str(i), str(d), float(width - n))
-        for i, row in zip(ids, rows)
+        for i, row in zip(ids, rows, strict=True)
         for n, d in enumerate(row)
         if d >= 0
     ]
@@ -1261,7 +1319,7 @@ def hard_negatives(
     ids = list(range(len(questions)) if ids is None else ids)
     most = max((len(qrels[i]) for i in ids), default=0)
     hits, out = bm25.search(list(questions), n + most), torch.full((len(ids), n), -1)
-    for row, (i, found) in enumerate(zip(ids, hits.ids.tolist())):
+    for row, (i, found) in enumerate(zip(ids, hits.ids.tolist(), strict=True)):
         wrong = [d for d in found if d >= 0 and d not in qrels[i]][:n]
         out[row, : len(wrong)] = torch.tensor(wrong, dtype=torch.int64)
     return out
@@ -1273,3 +1331,64 @@ def idf(
     "BM25's inverse document frequency of every token, log(1 + (N - df + 1/2) / (df + 1/2))"
     df = np.bincount(index.ids, minlength=index.width)
     return torch.from_numpy(np.log1p((len(index) - df + 0.5) / (df + 0.5)).astype(np.float32))
+
+
+# %% ../../nbs/retrieval/common.ipynb #252de831
+def mixed_passages(
+    n: int,  # how many
+    seed: int = 0,
+):  # yields str
+    "Passages of about 100 words, mixed from sentences and names of the Python library"
+    sentences, names = _material()
+    rng = np.random.default_rng(whole("seed", seed, 0))
+    for a in range(0, whole("n", n, 0), PIECE):
+        some = min(PIECE, n - a)
+        parts = rng.integers(len(sentences), size=(some, 6)).tolist()
+        rare = rng.integers(len(names), size=(some, 6)).tolist()
+        for i, j in zip(parts, rare, strict=True):
+            yield " ".join([*(sentences[o] for o in i), *(names[o] for o in j)])
+
+
+@lru_cache(1)
+def _material():
+    "Sentences of 8 to 30 words, and names"
+    root, paths = corpora.python_files()
+    codes = [t for _, t in corpora.documents(list(map(str, paths)), str(root))]
+    texts = [cleandoc(m[1]) for t in codes for m in _DOC.finditer(t)] + list(corpora.pydoc_topics().values())
+    sentences = (" ".join(s.split()) for t in texts for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])|\n\s*\n", t))
+    sentences = list(dict.fromkeys(s for s in sentences if 8 <= s.count(" ") + 1 <= 30))
+    return sentences, sorted({w for t in codes for w in re.findall(r"[A-Za-z_]{4,20}", t)})
+
+
+# %% ../../nbs/retrieval/common.ipynb #75c8caf7
+def queries_like(
+    index: BinaryTokenIndex,
+    n: int,  # queries
+    terms: int,  # ids in each
+    seed: int = 0,
+) -> list:  # of pairs (ids, weights)
+    "Queries that know some passage: ids of it with their inverse document frequencies, and common ids up to the number of terms"
+    rng, weights = np.random.default_rng(seed), idf(index).numpy()
+    out = []
+    for i in rng.choice(np.flatnonzero(np.diff(index.ptr) > 10), n):
+        own = index.tokens(int(i)) - index.shift
+        own = rng.choice(own, min(10, len(own)), replace=False)
+        more = np.setdiff1d(index.ids[rng.integers(len(index.ids), size=8 * terms)].astype(np.int64), own)
+        more = rng.permutation(more)[: terms - len(own)]
+        w = np.concatenate([weights[own], 0.1 * weights[more] * rng.random(len(more), np.float32)])
+        out.append((np.concatenate([own, more]), w))
+    return out
+
+
+def latency(
+    search: Callable,  # one query -> anything
+    queries: list,
+) -> tuple:  # seconds: median, 95th percentile
+    "How long queries take one at a time, after one that does not count"
+    search(queries[0])
+    times = []
+    for q in queries:
+        t = time.perf_counter()
+        search(q)
+        times.append(time.perf_counter() - t)
+    return float(np.median(times)), float(np.quantile(times, 0.95))
