@@ -771,15 +771,15 @@ def train(
     )  # fmt: skip
 
 
-# %% ../../nbs/retrieval/svdr.ipynb #04ad98f1
+# %% ../../nbs/retrieval/svdr.ipynb #96a7e70c
 def contracts():
     "What the shared checkers test"
+    import tempfile
     from types import SimpleNamespace
 
-    from .common import minilm
+    from lmlab.retrieval.common import Bm25, DenseEncoder, minilm
 
     tokenizer = AutoTokenizer.from_pretrained(minilm())
-    torch.manual_seed(0)
     size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     make = lambda **kw: SVDREncoder(
         SVDRConfig(backbone=dict(vocab_size=len(tokenizer), **size), topk=50, **kw), tokenizer
@@ -790,8 +790,8 @@ def contracts():
         other = SVDRRetriever(make(shift=200).eval())
     plain = lambda index, queries, k: r.search(queries, index, k)
     late_by = lambda index, queries, k, m, texts: r.search(queries, index, k, rerank=m, texts=texts)
-    dense = lambda queries, texts: r.encode_queries(queries) @ r.encode(texts, -1).T
-    stored = dict(save=lambda index, path: index.save(path), rerank=late_by, rerank_score=dense, model=r)
+    exactly = lambda queries, texts: r.encode_queries(queries) @ r.encode(texts, -1).T
+    stored = dict(save=lambda index, path: index.save(path), rerank=late_by, rerank_score=exactly, model=r)
     binary = SimpleNamespace(
         build=r.binary_index, search=plain, encode=r.encode, load=BinaryTokenIndex.load,
         add=lambda index, texts: index.add(texts, tokenizer), **stored,
@@ -807,6 +807,21 @@ def contracts():
         search=lambda index, queries, k: r.search(queries, index, k, mode="alpha"),
         score=lambda queries, texts: r.encode_queries(queries, "bot") @ r.encode(texts, -1).T,
     )
+    words = SimpleNamespace(
+        build=lambda texts: Bm25(as_texts(texts)), search=lambda index, queries, k: index.search(queries, k),
+        score=lambda queries, texts: Bm25(texts).scores(queries),
+    )  # fmt: skip
+    folder = tempfile.TemporaryDirectory(prefix="lmlab-dense-")
+    r.query.backbone.save_pretrained(folder.name)
+    tokenizer.save_pretrained(folder.name)
+    encoder = DenseEncoder(folder.name)
+    vectors = lambda texts: encoder.encode(texts, False)
+    dense = SimpleNamespace(
+        build=lambda texts: EmbeddingIndex.build(vectors(texts), form="dense", dtype="float32"),
+        search=lambda index, queries, k: index.search(vectors(queries), k), encode=vectors, load=EmbeddingIndex.load,
+        score=lambda queries, texts: vectors(queries) @ vectors(texts).T,
+        add=lambda index, texts: index.add(vectors(texts)), save=lambda index, path: index.save(path),
+    )  # fmt: skip
     few = ["a stone bridge", "a moon"]
     refuses = {
         "another shift": lambda: r.search(few, other.binary_index(few)),
@@ -839,4 +854,6 @@ def contracts():
             ),
         ),
         ("retriever", "alpha", dict(retriever=alpha, refuses=refuses, exact=False, tol=1e-4)),
+        ("retriever", "bm25", dict(retriever=words)),
+        ("retriever", "dense vectors", dict(retriever=dense, exact=False, tol=1e-4, mapped=True)),
     ]
