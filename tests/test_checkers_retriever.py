@@ -79,7 +79,11 @@ def top(scores, k):
 
 def scored(index, queries):
     q = encode(listed(queries, "queries"))
-    s = torch.stack([(index.matrix * row).sum(1) for row in q]) if len(index.matrix) else torch.zeros(len(q), 0)
+    s = (
+        torch.stack([(index.matrix * row).sum(1) for row in q])
+        if len(index.matrix)
+        else torch.zeros(len(q), 0)
+    )
     return s.masked_fill(index.matrix.sum(1) == 0, -torch.inf)
 
 
@@ -100,7 +104,9 @@ def score(queries, texts):
 
 def jaccard(queries, texts):
     words = lambda t: set(t.split()) | {"."}
-    return torch.tensor([[len(words(q) & words(t)) / len(words(q) | words(t)) for t in texts] for q in queries])
+    return torch.tensor(
+        [[len(words(q) & words(t)) / len(words(q) | words(t)) for t in texts] for q in queries]
+    )
 
 
 def rerank(index, queries, k, m, texts):
@@ -157,7 +163,9 @@ DECLARED = dict(
 
 
 def run(declared=None, **functions):
-    return lambda **kw: check_retriever(SimpleNamespace(**{**HEALTHY, **functions}), **DECLARED | (declared or {}), **kw)
+    return lambda **kw: check_retriever(
+        SimpleNamespace(**{**HEALTHY, **functions}), **DECLARED | (declared or {}), **kw
+    )
 
 
 # ---- twins

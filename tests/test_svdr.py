@@ -7,7 +7,14 @@ import sys
 import pytest
 import torch
 
-from lmlab.retrieval.svdr import SVDRConfig, SVDREncoder, SVDRRetriever, across, semi_parametric_loss, symmetric_nll
+from lmlab.retrieval.svdr import (
+    SVDRConfig,
+    SVDREncoder,
+    SVDRRetriever,
+    across,
+    semi_parametric_loss,
+    symmetric_nll,
+)
 
 SIZE = dict(vocab_size=1200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 
@@ -80,7 +87,9 @@ def test_any_bert_like_body(tmp_path):
     small = dict(vocab_size=1200, max_position_embeddings=64)
     for config in (
         DistilBertConfig(dim=32, hidden_dim=64, n_layers=2, n_heads=2, **small),
-        RobertaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, **small),
+        RobertaConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, **small
+        ),
     ):
         e = SVDREncoder(SVDRConfig(backbone=config, topk=5)).eval()
         e.save_pretrained(tmp_path / config.model_type)
@@ -92,7 +101,9 @@ def test_any_bert_like_body(tmp_path):
 
 def test_gradient_checkpointing_changes_nothing():
     torch.manual_seed(0)
-    e = SVDREncoder(SVDRConfig(backbone=SIZE | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), topk=5)).train()
+    e = SVDREncoder(
+        SVDRConfig(backbone=SIZE | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), topk=5)
+    ).train()
     ids, grads = torch.randint(1000, 1200, (2, 7)), []
     for on in (False, True):
         if on:
