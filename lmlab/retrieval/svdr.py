@@ -314,7 +314,7 @@ def symmetric_nll(
     p: Tensor,  # m v  the i-th belongs to query i; those from n on are negatives
     scaled: bool = False,  # weigh the second term to the size of the first
 ) -> Tensor:
-    "Queries among passages, and positive passages among queries (eq. 5)"
+    "Queries among passages, and positive passages among queries (eq. 4)"
     n = len(q)
     if q.ndim != 2 or p.ndim != 2 or q.shape[1] != p.shape[1] or len(p) < n or not n:
         refuse("q, p", f"shapes {tuple(q.shape)}, {tuple(p.shape)}", "n v and m v with m at least n")
@@ -358,7 +358,7 @@ def semi_parametric_loss(
     scaled: bool = False,  # as in `symmetric_nll`
     contrastive: float = 0.0,  # weight of vocabulary unseen in the batch, in the two binary terms
 ) -> Tensor:
-    "In-batch contrast of weights with weights and of weights with bare tokens (eq. 6)"
+    "In-batch contrast of weights with weights and of weights with bare tokens (eq. 5)"
     if len(q_emb) == 0 or len(p_emb) % len(q_emb) or q_emb.shape != q_bot.shape or p_emb.shape != p_bot.shape:
         refuse(
             "q_emb, p_emb, q_bot, p_bot",
