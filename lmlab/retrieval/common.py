@@ -398,10 +398,16 @@ def write_index(
             finally:
                 sink.drop()
         named[name] = dict(file=path.name, dtype=array.dtype.str, shape=list(array.shape))
-    write_json(folder / "index.json", dict(format=FORMAT, about=about, arrays=named))
+    write_json(folder / "index.json", _signed(dict(format=FORMAT, about=about, arrays=named)))
     for path in folder.iterdir():  # of an older index, or of a process that died
         if path.name not in {"index.json", *(o["file"] for o in named.values())}:
             path.unlink(missing_ok=True)
+
+
+def _signed(header):
+    "With a hash of the rest"
+    plain = json.dumps({k: v for k, v in header.items() if k != "hash"}, sort_keys=True).encode()
+    return header | dict(hash=hashlib.blake2b(plain, digest_size=8).hexdigest())
 
 
 def _ours(path):
@@ -423,6 +429,8 @@ def read_index(
         about, stored = header["about"], header["arrays"]
         if header["format"] != FORMAT or about["kind"] != kind or set(stored) != set(names):
             raise ValueError(f"format {header['format']!r}, kind {about['kind']!r}, arrays {sorted(stored)}")
+        if _signed(header) != header:
+            raise ValueError("its hash is that of another header")
         described = {
             n: (str(o["file"]), np.dtype(o["dtype"]), tuple(map(int, o["shape"]))) for n, o in stored.items()
         }
@@ -430,7 +438,7 @@ def read_index(
             n for n, (_, d, shape) in described.items() if d.name not in names[n] or min(shape, default=0) < 0
         ]:
             raise ValueError(f"{bad[0]} of {described[bad[0]][1]}, shape {described[bad[0]][2]}")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         raise ValueError(
             f"folder: {path} is damaged, or no index of {kind} ({type(e).__name__}: {e})"
         ) from None
