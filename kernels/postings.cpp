@@ -171,7 +171,8 @@ static int search(const Index& x, const int64_t* qptr, const int32_t* qids, cons
     std::vector<std::atomic<float>> least(b);
     for (auto& t : least) t = -INFINITY;
     bool failed = false;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
+    const int crew = (int)std::min<int64_t>(threads, x.blocks * b);
+#pragma omp parallel for num_threads(crew) if (crew > 1) schedule(dynamic, 1)
     for (int64_t item = 0; item < x.blocks * b; item++) {
         const int64_t block = item / b, q = item % b, first = block * BLOCK, n = std::min(BLOCK, x.n - first);
         static thread_local Scratch memory;
@@ -192,7 +193,7 @@ static int search(const Index& x, const int64_t* qptr, const int32_t* qids, cons
         heap.shrink_to_fit();
     }
     if (failed) return -2;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && b > 1) schedule(static)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && b > threads) schedule(static)
     for (int64_t q = 0; q < b; q++) {
         std::vector<Found> all;
         for (int64_t block = 0; block < x.blocks; block++) {

@@ -18,7 +18,8 @@ import torch
 from datasets import Dataset
 from lmlab.kernels import backend, cpu, postings
 
-from lmlab.core.check import math_threads
+from lmlab.core.check import math_threads, poisoned_memory
+from lmlab.core.check_loader import check_loader
 from lmlab.retrieval import common as R
 
 built = pytest.mark.skipif(cpu.library() is None, reason=f"no C++ library: {cpu.missing()}")
@@ -265,6 +266,33 @@ def test_arrays_that_do_not_fit_are_refused_even_unverified(tok, tmp_path):
     path.write_bytes(starts.tobytes())
     with pytest.raises(ValueError, match="do not fit together"):
         R.BinaryTokenIndex.load(tmp_path / "index", verify=False)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "sparse", "dense"])
+def test_mutated_files_are_refused_or_load_as_they_were(tok, tmp_path, kind):
+    "Some hundred ways to break a folder: one clear error each, or the same index"
+    folder = tmp_path / "index"
+    vectors = torch.randn(20, 30) * (torch.rand(20, 30) < 0.5)
+    made = index(corpus(30), tok) if kind == "tokens" else R.EmbeddingIndex.build(vectors, kind)
+    made.save(folder)
+
+    def state(path):
+        idx = type(made).load(path)
+        arrays = [
+            getattr(idx, "ids", None),
+            idx.ptr,
+            *([] if idx.lists is None else [idx.lists.docs, idx.lists.starts, idx.lists.values]),
+        ]
+        arrays.append(getattr(idx, "dense", None))
+        return {
+            str(i): torch.from_numpy(np.array(a).astype(np.float64))
+            for i, a in enumerate(arrays)
+            if a is not None
+        } | {"about": torch.tensor(list(json.dumps(idx.about, sort_keys=True).encode()))}
+
+    with poisoned_memory():  # what it imports is not the first load's time
+        state(folder)
+    check_loader(state, folder, cases=300, protected=tuple(p.name for p in folder.glob("*.bin")))
 
 
 def test_saving_where_something_else_is(tok, tmp_path):

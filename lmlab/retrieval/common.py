@@ -29,6 +29,7 @@ __all__ = [
     "DenseEncoder",
     "hard_negatives",
     "idf",
+    "contracts",
     "mixed_passages",
     "queries_like",
     "latency",
@@ -398,10 +399,16 @@ def write_index(
             finally:
                 sink.drop()
         named[name] = dict(file=path.name, dtype=array.dtype.str, shape=list(array.shape))
-    write_json(folder / "index.json", dict(format=FORMAT, about=about, arrays=named))
+    write_json(folder / "index.json", _signed(dict(format=FORMAT, about=about, arrays=named)))
     for path in folder.iterdir():  # of an older index, or of a process that died
         if path.name not in {"index.json", *(o["file"] for o in named.values())}:
             path.unlink(missing_ok=True)
+
+
+def _signed(header):
+    "With a hash of the rest"
+    plain = json.dumps({k: v for k, v in header.items() if k != "hash"}, sort_keys=True).encode()
+    return header | dict(hash=hashlib.blake2b(plain, digest_size=8).hexdigest())
 
 
 def _ours(path):
@@ -423,6 +430,8 @@ def read_index(
         about, stored = header["about"], header["arrays"]
         if header["format"] != FORMAT or about["kind"] != kind or set(stored) != set(names):
             raise ValueError(f"format {header['format']!r}, kind {about['kind']!r}, arrays {sorted(stored)}")
+        if _signed(header) != header:
+            raise ValueError("its hash is that of another header")
         described = {
             n: (str(o["file"]), np.dtype(o["dtype"]), tuple(map(int, o["shape"]))) for n, o in stored.items()
         }
@@ -430,7 +439,7 @@ def read_index(
             n for n, (_, d, shape) in described.items() if d.name not in names[n] or min(shape, default=0) < 0
         ]:
             raise ValueError(f"{bad[0]} of {described[bad[0]][1]}, shape {described[bad[0]][2]}")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         raise ValueError(
             f"folder: {path} is damaged, or no index of {kind} ({type(e).__name__}: {e})"
         ) from None
@@ -947,14 +956,20 @@ def chunks(
 _DOC = re.compile(r'(?<![\w"])[rR]?"""((?:[^"\\]|\\.|"(?!""))+)"""')
 
 
-def _stdlib():
-    "What a docstring says in its first line, and what it says after it"
+@lru_cache(1)
+def _library():
+    "The running Python's sources, and their docstrings with the module of each"
     root, paths = corpora.python_files()
-    for name, code in corpora.documents(list(map(str, paths)), str(root)):
-        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        for m in _DOC.finditer(code):
-            head, _, body = cleandoc(m[1]).partition("\n\n")
-            yield module, module, " ".join(head.split()), " ".join(body.split()), None
+    codes = list(corpora.documents(list(map(str, paths)), str(root)))
+    module = lambda name: name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    return codes, [(module(name), cleandoc(m[1])) for name, code in codes for m in _DOC.finditer(code)]
+
+
+def _stdlib():
+    "What a docstring says in its first paragraph, and what it says after it; and the same of the reference topics"
+    for module, text in _library()[1]:
+        head, _, body = text.partition("\n\n")
+        yield module, module, " ".join(head.split()), " ".join(body.split()), None
     for name, text in corpora.pydoc_topics().items():
         head, _, body = text.partition("\n\n")
         head = re.sub(r"[*=\-~^`\"]{2,}", "", head)
@@ -1333,6 +1348,34 @@ def idf(
     return torch.from_numpy(np.log1p((len(index) - df + 0.5) / (df + 0.5)).astype(np.float32))
 
 
+# %% ../../nbs/retrieval/common.ipynb #1880eb17
+def _vocab_case(shape, dtype, generator):
+    "Whole numbers: products are exact, so ties are ties"
+    b, length, d, words = shape
+    some = lambda *size: torch.randint(-2, 3, size, generator=generator).to(dtype)
+    return some(b, length, d), some(words, d), torch.ones(b, length, dtype=torch.bool)
+
+
+def _vocab_max(hidden, weight, mask):
+    from lmlab.kernels import vocab_max
+
+    return vocab_max(hidden, weight, mask=mask)
+
+
+def _vocab_table(hidden, weight, mask):
+    from lmlab.kernels.vocab import reference
+
+    return reference(hidden, weight, mask)
+
+
+def contracts():
+    "What the shared checkers test"
+    kernel = dict(
+        op=_vocab_max, reference=_vocab_table, make=_vocab_case, nan=False, terms=lambda s: s[2] + s[3]
+    )
+    return [("kernel", "vocab_max", dict(shapes=((1, 1, 1, 1), (2, 7, 5, 63), (1, 17, 33, 100))) | kernel)]
+
+
 # %% ../../nbs/retrieval/common.ipynb #252de831
 def mixed_passages(
     n: int,  # how many
@@ -1352,12 +1395,11 @@ def mixed_passages(
 @lru_cache(1)
 def _material():
     "Sentences of 8 to 30 words, and names"
-    root, paths = corpora.python_files()
-    codes = [t for _, t in corpora.documents(list(map(str, paths)), str(root))]
-    texts = [cleandoc(m[1]) for t in codes for m in _DOC.finditer(t)] + list(corpora.pydoc_topics().values())
+    codes, docs = _library()
+    texts = [t for _, t in docs] + list(corpora.pydoc_topics().values())
     sentences = (" ".join(s.split()) for t in texts for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])|\n\s*\n", t))
     sentences = list(dict.fromkeys(s for s in sentences if 8 <= s.count(" ") + 1 <= 30))
-    return sentences, sorted({w for t in codes for w in re.findall(r"[A-Za-z_]{4,20}", t)})
+    return sentences, sorted({w for _, t in codes for w in re.findall(r"[A-Za-z_]{4,20}", t)})[::3]
 
 
 # %% ../../nbs/retrieval/common.ipynb #75c8caf7
