@@ -25,10 +25,12 @@ FAMILIES = (
     "decay",
     "decoder",
     "differential",
+    "postings",
     "read",
     "retention",
     "sparse",
     "ternary",
+    "vocab",
 )  # each is a module with its operations and a `bench()`
 _PUBLIC = {
     "decay_scores": "decay",
@@ -36,6 +38,7 @@ _PUBLIC = {
     "gated_retention": "retention",
     "read_bytes": "read",
     "topk_sparsify": "sparse",
+    "vocab_max": "vocab",
 }
 
 _choice = ContextVar("lmlab_backend", default=None)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 3  # `lmlab_abi()` of the library this file was written for
+ABI = 4  # `lmlab_abi()` of the library this file was written for
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
     "lmlab_abi": (_I, []),

@@ -117,7 +117,7 @@ static std::vector<Peak> peaks() {
 
 using namespace lmlab;
 
-LMLAB_API int lmlab_abi() { return 3; }  // counted up when a signature changes; cpu.py holds the number it was written for
+LMLAB_API int lmlab_abi() { return 4; }  // counted up when a signature changes; cpu.py holds the number it was written for
 
 LMLAB_API int lmlab_threads() {  // 1 when built without OpenMP
 #ifdef _OPENMP

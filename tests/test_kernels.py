@@ -386,7 +386,7 @@ def test_families_can_be_raced():
         assert set(timing.seconds) == {"kernel", "torch", "plain read"} and min(work.values()) > 0
     for name in kernels.FAMILIES:
         assert callable(kernels.family(name).bench)
-    with pytest.raises(ValueError, match="'ternry'.*decay, decoder, differential, read"):
+    with pytest.raises(ValueError, match="'ternry'.*decay, decoder, differential, postings, read"):
         kernels.family("ternry")
 
 
