@@ -20,6 +20,15 @@ __all__ = [
     "SAID",
     "LISTED",
     "ANNOUNCED",
+    "TRACES",
+    "EOS",
+    "ASK",
+    "GIVES",
+    "ROAD",
+    "MARK",
+    "BARRIER",
+    "MOVE",
+    "PLACE",
     "turnings",
     "ahead",
     "lay",
@@ -69,9 +78,18 @@ __all__ = [
     "Seeing",
     "graded",
     "tracking",
+    "small_walks",
+    "trace_ids",
+    "TraceBatches",
+    "small_model",
+    "decode",
+    "read_place",
+    "examine",
+    "contracts",
+    "functions",
 ]
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #2b830209
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #d3eb84ee
 import base64
 import io
 import itertools
@@ -83,6 +101,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from ..core.fit import refuse, whole
 from .common import REFUSAL, final_answer, run
@@ -1103,3 +1122,196 @@ def tracking(
     mean = lambda v: statistics.fmean(v) if v else math.nan
     out = {k: report.mean(k) for k in ("complete", "partial", "compliance", "accuracy", "last")}
     return out | dict(right_if_drawn_right=mean(given(1.0)), right_if_drawn_wrong=mean(given(0.0)))
+
+
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #a5c89d45
+TRACES = ("answer", "cot", "words", "vot", "shuffled", "filler")
+EOS, ASK, GIVES, ROAD, MARK, BARRIER = range(1, 7)  # tokens; 0 is padding
+MOVE, PLACE = 7, 11  # the first of four moves, the first of the places
+
+
+def small_walks(
+    n: int,  # questions
+    k: int,  # moves
+    rng: np.random.Generator,
+    walled: bool = True,  # False: no barriers, and every step stays inside
+    side: int = 3,  # squares
+) -> tuple:  # n side² free squares; n k+1 squares walked, as numbers; n k moves, 0..3 in the order of `MOVES`
+    "Random walks on small maps, all at once"
+    squares, step, each = side * side, np.array(list(MOVES.values())), np.arange(n)
+    free = np.ones((n, squares), bool)
+    if walled:
+        barriers = rng.integers(1, side + 1, n)
+        free = rng.random((n, squares)).argsort(1).argsort(1) >= barriers[:, None]
+    at = [(rng.random((n, squares)) * free).argmax(1)]
+    moves = rng.integers(0, 4, (n, k))
+    for t in range(k):
+        here = np.stack([at[-1] // side, at[-1] % side], 1)
+        inside = lambda m, here=here: ((here + step[m] >= 0) & (here + step[m] < side)).all(1)
+        while not walled and not (ok := inside(moves[:, t])).all():
+            moves[~ok, t] = rng.integers(0, 4, (~ok).sum())
+        to = np.where(inside(moves[:, t]), (here + step[moves[:, t]]) @ [side, 1], at[-1])
+        at.append(np.where(free[each, to], to, at[-1]))
+    return free, np.stack(at, 1), moves
+
+
+def trace_ids(
+    n: int,  # questions
+    k: int,  # moves
+    trace: str,  # one of `TRACES`
+    rng: np.random.Generator,  # the same one gives the same questions for every trace
+    walled: bool = True,
+    side: int = 3,
+) -> tuple:  # n side²+k+1 question; n l trace, answer and end
+    "Questions and what is to be written, as tokens"
+    if trace not in TRACES:
+        refuse("trace", repr(trace), ", ".join(TRACES))
+    free, at, moves = small_walks(n, k, rng, walled, side)
+    grid = lambda f, a: np.where(np.arange(side * side) == a[:, None], MARK, np.where(f, ROAD, BARRIER))
+    column = lambda token: np.full((n, 1), token)
+    whose = np.roll(np.arange(n), 1) if trace == "shuffled" else np.arange(n)
+    drawn = dict(
+        words=lambda t: PLACE + at[:, t + 1, None],
+        vot=lambda t: grid(free, at[:, t + 1]),
+        shuffled=lambda t: grid(free[whose], at[whose, t + 1]),
+        filler=lambda t: np.full((n, side * side), ROAD),
+        cot=lambda t: np.empty((n, 0), int),
+    )
+    out = [o for t in range(k) if trace != "answer" for o in (MOVE + moves[:, t, None], drawn[trace](t))]
+    ask = np.concatenate([grid(free, at[:, 0]), MOVE + moves, column(ASK)], 1)
+    return torch.from_numpy(ask), torch.from_numpy(
+        np.concatenate([*out, column(GIVES), PLACE + at[:, -1:], column(EOS)], 1)
+    )
+
+
+class TraceBatches:
+    "Batches of one length each, made when they are asked for; the same seed has the same questions for every trace"
+
+    def __init__(self, trace, steps, batch, ks, seed, walled=True, side=3):
+        self.trace, self.steps, self.batch, self.ks, self.seed = trace, steps, batch, tuple(ks), seed
+        self.walled, self.side = walled, side
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng((self.seed, i))
+        ask, say = trace_ids(self.batch, int(rng.choice(self.ks)), self.trace, rng, self.walled, self.side)
+        return dict(
+            input_ids=torch.cat([ask, say], 1), labels=torch.cat([torch.full_like(ask, -100), say], 1)
+        )
+
+
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #758aa377
+def small_model(
+    side: int = 3,  # squares
+    width: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    seed: int = 0,
+):  # a stock Llama with a token a symbol
+    "The transformer that all traces are taught to"
+    from lmlab.core.nano import build
+
+    shape = dict(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=2 * width,
+    )
+    return build("llama", "pico", seed, vocab_size=PLACE + side * side, initializer_range=0.08, **shape)
+
+
+@torch.no_grad()
+def decode(
+    model,  # a causal language model
+    ask: torch.Tensor,  # n p, questions of one length
+    length: int,  # tokens to write
+    temperature: float = 0.0,  # 0: the likeliest
+    seed: int = 0,  # of the draws
+) -> torch.Tensor:  # n length
+    "Write with a cache, all rows at once"
+    draws = torch.Generator(ask.device).manual_seed(seed)
+    cache, out, now = None, [], ask
+    for _ in range(length):
+        o = model(input_ids=now, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, logits = o.past_key_values, o.logits[:, -1].float()
+        if temperature:
+            now = torch.multinomial((logits / temperature).softmax(-1), 1, generator=draws)
+        else:
+            now = logits.argmax(-1, keepdim=True)
+        out.append(now)
+    return torch.cat(out, 1)
+
+
+def read_place(
+    out: torch.Tensor,  # n l
+) -> torch.Tensor:  # n, the token after the first "=", 0 where there is none
+    "The answer of each row"
+    at = (out == GIVES).int().argmax(1)
+    there = (out == GIVES).any(1) & (at + 1 < out.shape[1])
+    return torch.where(there, out.gather(1, (at + 1).clamp(max=out.shape[1] - 1)[:, None])[:, 0], 0)
+
+
+def examine(
+    model,
+    trace: str,
+    ks: tuple,  # lengths
+    n: int,  # questions of each
+    seed: int,
+    walled: bool = True,
+    side: int = 3,
+) -> dict:  # k -> right, tokens; of drawings: shares of right squares and states, answers right given the last drawing
+    "Answers and drawings of a trained model on new questions"
+    device, was = next(model.parameters()).device, model.training
+    model.eval()
+    out = {}
+    for k in ks:
+        ask, say = (
+            o.to(device) for o in trace_ids(n, k, trace, np.random.default_rng((seed, k)), walled, side)
+        )
+        got = decode(model, ask, say.shape[1] - 1)
+        right = read_place(got) == say[:, -2]
+        out[k] = r = dict(right=right.float().mean().item(), tokens=say.shape[1])
+        if trace == "vot":
+            squares = side * side
+            pictures = lambda o, k=k, squares=squares: o[:, : k * (squares + 1)].view(n, k, squares + 1)[
+                :, :, 1:
+            ]
+            drawn, true = pictures(got), pictures(say)
+            state = (drawn == true).all(2)
+            fixed = ((drawn == BARRIER) == (true == BARRIER)).all(2)
+            r |= dict(
+                complies=fixed.float().mean().item(),
+                state=state.float().mean().item(),
+                last=state[:, -1].float().mean().item(),
+            )
+            r |= dict(
+                n_right=int(state[:, -1].sum()),
+                right_if_right=int((right & state[:, -1]).sum()),
+                n_wrong=int((~state[:, -1]).sum()),
+                right_if_wrong=int((right & ~state[:, -1]).sum()),
+            )
+    model.train(was)
+    return out
+
+
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #22bf7f1c
+def contracts():
+    "What the shared checkers test"
+    return [
+        (
+            "prompting",
+            kind,
+            dict(functions=functions(), kind=kind, settings=("cot", "no_viz", "vot"), tasks=dict(n=24)),
+        )
+        for kind in KINDS
+    ]
+
+
+def functions():
+    "What is handed over, as one namespace"
+    from types import SimpleNamespace
+
+    return SimpleNamespace(make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve)
