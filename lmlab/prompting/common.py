@@ -9,6 +9,7 @@ __all__ = [
     "MARKER",
     "REFUSAL",
     "RETRACTION",
+    "CHOOSES",
     "AFTER_A",
     "KINDS",
     "SETTINGS",
@@ -25,7 +26,7 @@ __all__ = [
     "ChatError",
     "ServerChat",
     "plain_text",
-    "spans_of",
+    "announced",
     "final_answer",
     "Transcript",
     "run",
@@ -37,6 +38,7 @@ __all__ = [
     "prompt",
     "grade",
     "solve",
+    "contracts",
 ]
 
 # %% ../../nbs/prompting/common.ipynb #8c31f256
@@ -445,7 +447,7 @@ def _sampling(heat, top_p, seeds, device):
                     for g in self.rngs
                 ]
             )
-            return scores - u.clamp(min=1e-300).neg().mul(-1).log().neg().log().to(scores.dtype)
+            return scores - u.clamp(min=1e-300).log().neg().log().to(scores.dtype)
 
     return [TemperatureLogitsWarper(heat), *([TopPLogitsWarper(top_p)] if top_p else []), Gumbel()]
 
@@ -742,7 +744,11 @@ REFUSAL = re.compile(
 )
 RETRACTION = re.compile(
     r"\bwait\b|\bactually\b|\bscratch that\b|\bcorrection\b|\bon second thought\b|\bmy mistake\b|\bI (?:was|am) (?:wrong|mistaken)\b|\bI'm (?:wrong|mistaken)\b"
-    r"|\b(?:that|this|it)(?:'s| is| was)\s+(?:wrong|incorrect|not (?:right|correct))\b|\b(?:ignore|disregard|forget) (?:that|this|the above)\b|\bI take (?:that|it) back\b|(?:^|[.!?]\s)no[,.!]\s",
+    r"|\b(?:that|this|it)(?:'s| is| was)\s+(?:wrong|incorrect|not (?:right|correct))\b|\b(?:ignore|disregard|forget) (?:that|this|the above)\b|\bI take (?:that|it) back\b|(?:^|[.!?\n])\s*no\s*[,.!](?:\s|$)",
+    re.I,
+)
+CHOOSES = re.compile(
+    r"\b(?:therefore|thus|hence|so|conclude[sd]?|choose|chose|select|pick|option|choice|must be|should be)\b",
     re.I,
 )
 AFTER_A = {
@@ -770,25 +776,29 @@ def plain_text(
     )
     text = re.sub(r"[\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff\x00]", "", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"\*+|`+|\$+|(?<!\w)_+|_+(?!\w)|^\s*#+\s", "", text, flags=re.M)
+    return re.sub(r"\*+|`+|\$+|(?<!\w)_+|_+(?!\w)|^[ \t]*#+[ \t]", "", text, flags=re.M)
 
 
-def spans_of(
+def announced(
     text: str,  # without markup
-) -> list:  # of (start, stop, what stands there), in their order
-    "The places of a text in which an answer is announced"
-    out = [(m.start(), m.end(), None) for m in MARKER.finditer(text)]
-    out = [
-        (a, len(text) if (end := text.find("\n\n", b)) < 0 else end, text[b : len(text) if end < 0 else end])
-        for a, b, _ in out
-    ]
-    for m in re.finditer(r"\\boxed\s*\{", text):
-        depth, i = 1, m.end()
-        while i < len(text) and depth:
-            depth, i = depth + (text[i] == "{") - (text[i] == "}"), i + 1
-        if not depth:
-            out.append((m.start(), i, text[m.end() : i - 1]))
-    return sorted(out, key=lambda o: (o[0], o[1]))
+):  # what stands there, and what follows; None: nowhere
+    "The last place of a text in which an answer is announced"
+    best, opened = None, []
+    for m in MARKER.finditer(text):
+        best = m.start(), m.end(), None
+    for m in re.finditer(r"\\boxed\s{0,9}\{|[{}]", text):
+        if m[0] != "}":
+            opened.append(m)
+        elif opened and (o := opened.pop())[0] != "{" and (best is None or o.start() > best[0]):
+            best = o.start(), o.end(), m.start()
+    if best is None:
+        return None
+    _, start, stop = best
+    if stop is None:
+        stop = end if (end := text.find("\n\n", start)) >= 0 else len(text)
+        if not text[start:stop].strip():  # the answer may stand below an empty line
+            stop = len(text)
+    return text[start:stop], text[stop:]
 
 
 def final_answer(
@@ -800,24 +810,27 @@ def final_answer(
     text = plain_text(text)
     if not text.strip():
         return None
-    read = _reader(choices, pattern)
-    if found := spans_of(text):
-        start, stop, span = found[-1]
-        first, rest = _sentence(span)
-        if not first and "\n" not in span.strip() and span.strip():
-            first, rest = span.strip(), ""
-        tail = f"{re.sub('^(actually|indeed|thus)[ ,]+', '', first, flags=re.I)}\n{rest}\n{text[stop:]}"
-        if REFUSAL.search(tail) or RETRACTION.search(tail):
-            return None
-        return read(first, True)
+    read, doubt = _reader(choices, pattern), lambda o: REFUSAL.search(o) or RETRACTION.search(o)
+    if found := announced(text):
+        first, rest = _sentence(found[0])
+        tail = f"{re.sub('^(actually|indeed|thus)[ ,]+', '', first, flags=re.I)}\n{rest}\n{found[1]}"
+        lines = [o.strip() for o in (rest + found[1]).split("\n") if o.strip()]
+        if doubt(tail):  # taken back, unless the last line has a new answer
+            return (
+                None
+                if choices is pattern is None or not lines or doubt(lines[-1])
+                else read(lines[-1], False)
+            )
+        got = read(first, True)
+        if choices is pattern is None:
+            return got
+        return got if not lines or read(lines[-1], None) in (None, got) else None
     lines = [o.strip() for o in text.split("\n") if o.strip()]
-    if REFUSAL.search(lines[-1]) or RETRACTION.search(lines[-1]):
-        return None
-    if choices is None and pattern is None:
+    if doubt(lines[-1]) or choices is pattern is None:
         return None
     if (got := read(lines[-1], False)) is not None:
         return got
-    if len(lines[-1]) < 3 or REFUSAL.search(text) or RETRACTION.search(text):
+    if doubt(text):
         return None
     alone = [got for o in lines if (got := read(o, None)) is not None]
     return alone[-1] if len(set(alone)) == 1 else None
@@ -922,6 +935,8 @@ def _read_choice(letters, words, o, expected):
         or re.search(r"\b(?:not|neither|nor|never)\b|n't\b", o, re.I)
         and not words.keys() & {"neither", "not"}
     ):
+        return None
+    if not expected and not CHOOSES.search(o):
         return None
     named = set()
     for m in re.finditer(
@@ -1096,8 +1111,6 @@ def _jobs(items, prompt, setting, samples, settings):
 
 def _ask_all(chat, jobs, book, seeded, temperature, workers, budget, give_up, progress):
     "Make the calls that are not in the transcript, as far as the budget goes"
-    from lmlab.core.fit import progress_bar
-
     unique = {j.key: j for j in jobs.values()}
     todo, spent, row = [], 0, 0
     for j in unique.values():
@@ -1126,13 +1139,20 @@ def _ask_all(chat, jobs, book, seeded, temperature, workers, budget, give_up, pr
             )
         bar.update(1)
 
-    with progress_bar(
-        quiet=not progress, total=len(unique), initial=len(unique) - len(todo), unit="call"
-    ) as bar:
+    with _bar(progress, total=len(unique), initial=len(unique) - len(todo), unit="call") as bar:
         if hasattr(chat, "many"):
             _in_batches(chat, todo, sampling, keep, go_on)
         else:
             _in_threads(chat, todo, sampling, keep, go_on, workers)
+
+
+def _bar(progress, **kw):
+    "The bar of `lmlab.core.fit`, which imports torch, or nothing"
+    if not progress:
+        return contextlib.nullcontext(SimpleNamespace(update=lambda n: None))
+    from lmlab.core.fit import progress_bar
+
+    return progress_bar(**kw)
 
 
 def _in_batches(chat, todo, sampling, keep, go_on):
@@ -1642,3 +1662,25 @@ def solve(
         steps.append(f"{a} + {b} = {a + b}.")
     last = item["answer"] if item["kind"] == "sum" else "ABC"[ORDER.index(item["answer"])]
     return "\n".join((steps if setting == "cot" else []) + [f"Answer: {last}"])
+
+
+# %% ../../nbs/prompting/common.ipynb #facdf3d0
+def contracts():
+    "What the shared checkers test"
+    functions = SimpleNamespace(make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve)
+    luck = dict(chance=dict(sum=1 / 40, compare=1 / 3), constants=dict(compare=("A", "B", "C")))
+    fields = dict(answers=("answer",), needs=("kind", "numbers", "other", "answer"))
+    return [
+        ("prompting", "sums", dict(functions=functions, kinds=KINDS, settings=SETTINGS) | luck | fields),
+        (
+            "prompting",
+            "longer sums",
+            dict(
+                functions=functions,
+                kinds=("sum",),
+                settings=SETTINGS,
+                chance=dict(sum=1 / 40),
+                make=dict(sum=dict(n=30, terms=9)),
+            ),
+        ),
+    ]
