@@ -13,12 +13,14 @@ __all__ = [
     "KINDS",
     "COLOURS",
     "SETTINGS",
+    "NEEDED",
     "INVISIBLE",
     "WAY",
     "COMPASS",
     "DENIED",
     "SAID",
     "LISTED",
+    "ONLY",
     "ANNOUNCED",
     "TRACES",
     "EOS",
@@ -56,6 +58,7 @@ __all__ = [
     "canonical",
     "image",
     "png",
+    "checked",
     "prompt",
     "parts",
     "drawings",
@@ -86,10 +89,9 @@ __all__ = [
     "read_place",
     "examine",
     "contracts",
-    "functions",
 ]
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #d3eb84ee
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #08071160
 import base64
 import io
 import itertools
@@ -104,7 +106,7 @@ import numpy as np
 import torch
 
 from ..core.fit import refuse, whole
-from .common import REFUSAL, final_answer, run
+from .common import REFUSAL, RETRACTION, final_answer, run
 
 # %% ../../nbs/prompting/visualization_of_thought.ipynb #3ad2e8b8
 MOVES = dict(up=(-1, 0), left=(0, -1), down=(1, 0), right=(0, 1))  # row, column; in the order of the options
@@ -637,7 +639,7 @@ def png(
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #8b55aab6
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #ec186154
 SETTINGS = dict(
     cot="Let's think step by step.",
     no_viz="Don't use visualization. Let's think step by step.",
@@ -646,11 +648,28 @@ SETTINGS = dict(
 )
 
 
+NEEDED = ("kind", "skin", "rules", "question", "map", "answer", "states", "options")
+
+
+def checked(
+    item: dict,  # a row of `make_tasks`?
+) -> dict:
+    "The item, refused unless it is one"
+    if not isinstance(item, dict):
+        refuse("item", f"a {type(item).__name__}", "a row of make_tasks")
+    if missing := [k for k in NEEDED if item.get(k) is None]:
+        refuse("item", f"none of {', '.join(missing)}", "a row of make_tasks")
+    if item["kind"] not in KINDS:
+        refuse("item", f"kind {item['kind']!r}", ", ".join(KINDS))
+    return item
+
+
 def prompt(
     item: dict,  # a row of `make_tasks`
     setting: str = "vot",  # one of `SETTINGS`
 ) -> list:  # of one message; in the setting "multimodal" its pictures stand in the text as ![](data:…)
     "The question as messages"
+    checked(item)
     if setting not in SETTINGS:
         refuse("setting", repr(setting), ", ".join(SETTINGS))
     rows = item["map"].split("\n")
@@ -693,7 +712,7 @@ def parts(
     return out
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #1d16720e
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #5d16b56c
 INVISIBLE = dict.fromkeys(map(ord, " \t\ufe0e\ufe0f\u200b\u200d\u3000`|,"))
 
 
@@ -748,42 +767,66 @@ def words_only(
 ) -> str:
     "A reply without its drawings and without lines of the question"
     found, rest = drawings(item, reply)
-    lines = "\n".join([*(text for text, _ in found), rest]).split("\n")
-    asked = {line.strip() for line in (item["rules"] + item["question"]).split("\n")}
-    return "\n".join(line for line in lines if line.strip() not in asked - {""})
+    text = "\n".join([*(text for text, _ in found), rest])
+    asked = sorted(
+        {line.strip() for line in (item["rules"] + item["question"]).split("\n")} - {""},
+        key=len,
+        reverse=True,
+    )
+    for line in asked:
+        if len(line) > 20:
+            text = text.replace(line, "")
+    return "\n".join(line for line in text.split("\n") if line.strip() not in asked)
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #507e4d53
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #a76752ea
 WAY = r"(?P<way>up|left|down|right|north|west|south|east)(?:wards?)?\b"
 COMPASS = dict(north="up", west="left", south="down", east="right")
 DENIED = re.compile(
     r"\b(?:not|never|cannot|can't|couldn't|don't|instead of|rather than|blocked)\b[^.!?\n]*$", re.I
 )
 SAID = re.compile(rf"\b(?:mov(?:e|es|ed|ing)|go(?:es|ing)?|turn(?:s|ed|ing)?|tak(?:e|ing)|head(?:s|ed|ing)?|went|step(?:s|ped)?|walk(?:s|ed|ing)?|slid(?:e|ing)|then)\s+(?:to\s+)?(?:the\s+)?{WAY}", re.I)  # fmt: skip
-LISTED = re.compile(rf"^\W*(?:step\s*)?\d*\W*{WAY}", re.I)
+LISTED = re.compile(rf"^\s*(?:[-•]|(?:step\s*)?\d+\s*[.:)]*)\W*{WAY}", re.I)
+ONLY = re.compile(rf"^\W*(?:{WAY.replace('?P<way>', '?:')}\W*)+$", re.I)
 ANNOUNCED = re.compile(
-    r"\b(?:answer|route|steps|path|directions|moves)\b(?:[^:.\n]*?\b(?:is|are|was|were))?\s*[:=]", re.I
+    r"\b(?:answer|route|steps|path|directions|moves)\b(?:[^:.\n]{0,60}?\b(?:is|are|was|were))?\s*[:=]", re.I
 )
 
 
 def directions(
     item: dict,
     reply: str,
-) -> list:  # of directions; empty if there are none
+) -> list:  # of directions; empty if there are none, or if they are taken back
     "The route that a reply gives, equal neighbours merged"
     text = words_only(item, reply).replace("*", "")
-    named = []
-    for m in reversed(list(ANNOUNCED.finditer(text))):
-        span = re.split(r"\n\s*\n", text[m.end() :].lstrip())[0]
-        named = [d["way"] for d in re.finditer(rf"\b{WAY}", span, re.I)]
-        if named:
+    ways = lambda start, stop: [
+        (m["way"], m.end()) for m in re.finditer(rf"\b{WAY}", text[:stop], re.I) if m.start() >= start
+    ]
+    found = []
+    for m in reversed(list(ANNOUNCED.finditer(text))[-20:]):
+        start = m.end() + len(text[m.end() :]) - len(text[m.end() :].lstrip())
+        if found := ways(start, end if (end := text.find("\n\n", start)) >= 0 else len(text)):
             break
-    if not named:
+    if not found:
+        begin = 0
         for line in text.split("\n"):
-            said = [m["way"] for m in SAID.finditer(line) if not DENIED.search(line[: m.start()])]
-            named += said or [m["way"] for m in [LISTED.match(line)] if m]
-    named = [COMPASS.get(d.lower(), d.lower()) for d in named]
-    return [d for d, _ in itertools.groupby(named)]
+            said = [
+                (m["way"], begin + m.end())
+                for m in SAID.finditer(line)
+                if not DENIED.search(line[max(0, m.start() - 80) : m.start()])
+            ]
+            listed = [(m["way"], begin + m.end()) for m in [LISTED.match(line)] if m]
+            found += (
+                said
+                or listed
+                or (ways(begin, begin + len(line)) if len(line) < 400 and ONLY.match(line) else [])
+            )
+            begin += len(line) + 1
+    tail = text[found[-1][1] :] if found else ""
+    if REFUSAL.search(tail) or RETRACTION.search(tail):
+        return []
+    steps = [COMPASS.get(d.lower(), d.lower()) for d, _ in found]
+    return [d for d, _ in itertools.groupby(steps)]
 
 
 def completing(
@@ -800,7 +843,7 @@ def completing(
     return p
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #cd351992
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #896f0dab
 def named(
     item: dict,
     reply: str,
@@ -810,17 +853,21 @@ def named(
     any_name = rf"\b({'|'.join(map(re.escape, item['names']))})s?\b"
     if got := final_answer(text, pattern=any_name):
         return got.casefold()
-    if REFUSAL.search(text):
-        return None
+    if (
+        re.search(r"\banswer\b\W*(?:is\b|[:=])", text, re.I)
+        or REFUSAL.search(text)
+        or RETRACTION.search(text)
+    ):
+        return None  # announced, but in doubt
     found = [
         m
         for m in re.finditer(
-            r"\b(?:find|found|reach|arrive at|end up (?:at|with)|is)\b[^.\n]*?" + any_name, text, re.I
+            r"\b(?:find|found|reach|arrive at|end up (?:at|with)|is)\b[^.\n]{0,60}?" + any_name, text, re.I
         )
     ]
     last = [s for s in re.split(r"(?<=[.!?])\s+|\n+", text.strip()) if re.search(any_name, s, re.I)][-1:]
-    hits = set(re.findall(any_name, last[0], re.I)) if last else set()
-    return hits.pop().casefold() if len(hits) == 1 else found[-1][1].casefold() if found else None
+    hits = {o.casefold() for o in re.findall(any_name, last[0], re.I)} if last else set()
+    return hits.pop() if len(hits) == 1 else found[-1][1].casefold() if found else None
 
 
 def drawn_option(
@@ -888,7 +935,7 @@ def grade(
     reply: str,  # what the chat said; None and blank count as unreadable
 ) -> dict:  # correct, parse_fail, answer, completing_rate (1 or 0 but for routes), exact, lax, visual (of tilings, else None)
     "Grade a reply; what cannot be read is never right"
-    reply, kind = reply or "", item["kind"]
+    reply, kind = reply or "", checked(item)["kind"]
     if kind == "route":
         steps = directions(item, reply)
         p = completing(steps, item["moves"])
@@ -937,7 +984,7 @@ def option(
     return None
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #68939386
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #02e6cd3c
 def shows(
     item: dict,
     drawing: str,
@@ -997,7 +1044,7 @@ def track(
     reply: str,
 ) -> dict:  # drawings, complete, partial, compliance and accuracy of each drawing, last: is the last one right (None without)
     "Compare every drawing of a reply with the simulated state"
-    found, rest = drawings(item, reply)
+    found, rest = drawings(checked(item), reply)
     if found and found[0][1] in copies(item):
         found = [(found[0][0] + "\n" + found[1][0], found[1][1]), *found[2:]] if len(found) > 1 else []
     complies, right, text = [], [], ""
@@ -1297,21 +1344,25 @@ def examine(
     return out
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #22bf7f1c
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #03af1d25
 def contracts():
     "What the shared checkers test"
+    from types import SimpleNamespace
+
+    functions = SimpleNamespace(make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve)
     return [
         (
             "prompting",
-            kind,
-            dict(functions=functions(), kind=kind, settings=("cot", "no_viz", "vot"), tasks=dict(n=24)),
+            skin,
+            dict(
+                functions=functions,
+                kinds=KINDS,
+                settings=("cot", "no_viz", "vot"),
+                chance=dict(route=0.05, next_step=0.25, tiling=0.5, nl_nav=0.02),
+                constants=dict(next_step=[f"Answer: {o}" for o in "ABCD"], tiling=["Answer: A", "Answer: B"]),
+                make={kind: dict(n=24, skin=skin) for kind in KINDS},
+                needs=NEEDED,
+            ),
         )
-        for kind in KINDS
+        for skin in SKINS
     ]
-
-
-def functions():
-    "What is handed over, as one namespace"
-    from types import SimpleNamespace
-
-    return SimpleNamespace(make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve)
