@@ -78,13 +78,15 @@ def test_a_trace_is_of_the_same_questions(trace):
     assert torch.equal(a[0], b[0]) and torch.equal(a[1][:, -3:], b[1][:, -3:])
     with pytest.raises(ValueError, match="^trace: got 'poem'"):
         vot.trace_ids(1, 1, "poem", np.random.default_rng(0))
+    with pytest.raises(ValueError, match="^k: got 17"):
+        vot.trace_ids(1, 17, trace, np.random.default_rng(0))
 
 
 def test_shuffled_pictures_say_nothing():
     "The marks of another walk agree with the true ones as often as chance lets two walks agree"
     n, k = 4000, 6
     true, other = (
-        vot.trace_ids(n, k, t, np.random.default_rng(5))[1][:, : 10 * k].view(n, k, 10)[:, :, 1:]
+        vot.trace_ids(n, k, t, np.random.default_rng(5))[1][:, : 11 * k].view(n, k, 11)[:, :, 2:]
         for t in ("vot", "shuffled")
     )
     at, far = ((o == vot.MARK).int().argmax(2) for o in (true, other))

@@ -30,7 +30,9 @@ __all__ = [
     "MARK",
     "BARRIER",
     "MOVE",
+    "NUMBER",
     "PLACE",
+    "NUMBERS",
     "turnings",
     "ahead",
     "lay",
@@ -1171,10 +1173,10 @@ def tracking(
     return out | dict(right_if_drawn_right=mean(given(1.0)), right_if_drawn_wrong=mean(given(0.0)))
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #a5c89d45
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #c95bce62
 TRACES = ("answer", "cot", "words", "vot", "shuffled", "filler")
 EOS, ASK, GIVES, ROAD, MARK, BARRIER = range(1, 7)  # tokens; 0 is padding
-MOVE, PLACE = 7, 11  # the first of four moves, the first of the places
+MOVE, NUMBER, PLACE, NUMBERS = 7, 11, 27, 16  # the first of four moves, of 16 numbers of steps, of the places
 
 
 def small_walks(
@@ -1209,10 +1211,12 @@ def trace_ids(
     rng: np.random.Generator,  # the same one gives the same questions for every trace
     walled: bool = True,
     side: int = 3,
-) -> tuple:  # n side²+k+1 question; n l trace, answer and end
-    "Questions and what is to be written, as tokens"
+) -> tuple:  # n side²+2k+1 question; n l trace, answer and end
+    "Questions and what is to be written, as tokens; steps are numbered, from anywhere, so that every number is learnt"
     if trace not in TRACES:
         refuse("trace", repr(trace), ", ".join(TRACES))
+    if whole("k", k) > NUMBERS:
+        refuse("k", k, f"at most {NUMBERS} moves: there are as many numbers")
     free, at, moves = small_walks(n, k, rng, walled, side)
     grid = lambda f, a: np.where(np.arange(side * side) == a[:, None], MARK, np.where(f, ROAD, BARRIER))
     column = lambda token: np.full((n, 1), token)
@@ -1224,8 +1228,10 @@ def trace_ids(
         filler=lambda t: np.full((n, side * side), ROAD),
         cot=lambda t: np.empty((n, 0), int),
     )
-    out = [o for t in range(k) if trace != "answer" for o in (MOVE + moves[:, t, None], drawn[trace](t))]
-    ask = np.concatenate([grid(free, at[:, 0]), MOVE + moves, column(ASK)], 1)
+    number = rng.integers(0, NUMBERS - k + 1, n)[:, None] + np.arange(k)
+    steps = np.stack([NUMBER + number, MOVE + moves], 2)  # n k 2
+    out = [o for t in range(k) if trace != "answer" for o in (steps[:, t], drawn[trace](t))]
+    ask = np.concatenate([grid(free, at[:, 0]), steps.reshape(n, 2 * k), column(ASK)], 1)
     return torch.from_numpy(ask), torch.from_numpy(
         np.concatenate([*out, column(GIVES), PLACE + at[:, -1:], column(EOS)], 1)
     )
@@ -1249,7 +1255,7 @@ class TraceBatches:
         )
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #758aa377
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #162472b6
 def small_model(
     side: int = 3,  # squares
     width: int = 64,
@@ -1323,8 +1329,8 @@ def examine(
         out[k] = r = dict(right=right.float().mean().item(), tokens=say.shape[1])
         if trace == "vot":
             squares = side * side
-            pictures = lambda o, k=k, squares=squares: o[:, : k * (squares + 1)].view(n, k, squares + 1)[
-                :, :, 1:
+            pictures = lambda o, k=k, squares=squares: o[:, : k * (squares + 2)].view(n, k, squares + 2)[
+                :, :, 2:
             ]
             drawn, true = pictures(got), pictures(say)
             state = (drawn == true).all(2)
