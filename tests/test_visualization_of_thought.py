@@ -157,6 +157,23 @@ def test_broken_graders_are_caught(name, monkeypatch):
             _sound(kind)
 
 
+@pytest.mark.parametrize("kind", ("route", "next_step"))
+def test_a_trail_is_a_drawing_of_the_state(kind):
+    for item in some(kind):
+        rows = item["map"].split("\n")
+        walls = vot.canonical(item["map"]).split("\n")
+        at, drawing, reply = vot.find_square(rows, "🏠"), item["map"], ""
+        for move in item["moves"][: item["given"] or None]:
+            for at in vot.slide(walls, at, move):
+                drawing = vot.marked(drawing, at, "🔵")
+            reply += f"I move {move}.\n{drawing}\n\n"
+        t = vot.track(item, reply)
+        assert t["complete"] and all(t["accuracy"]) and t["last"]
+        gap = vot.marked(drawing, vot.slide(walls, vot.find_square(rows, "🏠"), item["moves"][0])[0], "⬜")
+        if item["given"] != 1:  # a trail with a gap is none
+            assert not vot.track(item, reply.replace(drawing, gap))["last"]
+
+
 def test_global_generators_are_left_alone():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

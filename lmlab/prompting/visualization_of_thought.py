@@ -845,7 +845,7 @@ def completing(
     return p
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #896f0dab
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #3f5ae158
 def named(
     item: dict,
     reply: str,
@@ -910,13 +910,12 @@ def keeps(
         same = lambda a, b: b == a or b in unknown
     else:
         given, drawn = item["map"].split("\n"), drawing.split("\n")
-        free = {SKINS[item["skin"]]["."]}
-        fixed = set(SKINS[item["skin"]].values()) - free if item["kind"] != "tiling" else set()
+        home, road, barrier, mark = (SKINS[item["skin"]][o] for o in "H.#@")
         if item["kind"] == "tiling":
-            same = lambda a, b: b == a if a not in free else b in free or b in item["symbols"]
-        else:  # a mark may stand on road, home or office
+            same = lambda a, b: b == a if a != road else b == road or b in item["symbols"]
+        else:  # a mark, or the home that travels, may stand on anything but a barrier
             same = lambda a, b: (
-                b == a or (a != SKINS[item["skin"]]["#"] and b in MARKS - fixed | {SKINS[item["skin"]]["@"]})
+                b == a or (a != barrier and b in MARKS | {mark, home}) or (a, b) == (home, road)
             )
     if [len(r) for r in given] != [len(r) for r in drawn]:
         return False
