@@ -22,6 +22,7 @@ __all__ = [
     "LISTED",
     "ONLY",
     "ANNOUNCED",
+    "WORLDS",
     "TRACES",
     "EOS",
     "ASK",
@@ -1172,7 +1173,12 @@ def tracking(
     return out | dict(right_if_drawn_right=mean(given(1.0)), right_if_drawn_wrong=mean(given(0.0)))
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #c95bce62
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #3c31264a
+WORLDS = (
+    "open",
+    "edges",
+    "walls",
+)  # every step stays inside; a step beyond the edge does nothing; nor does one into a barrier
 TRACES = ("answer", "cot", "words", "vot", "shuffled", "filler")
 EOS, ASK, GIVES, ROAD, MARK, BARRIER = range(1, 7)  # tokens; 0 is padding
 MOVE, NUMBER, PLACE, NUMBERS = 7, 11, 27, 16  # the first of four moves, of 16 numbers of steps, of the places
@@ -1182,13 +1188,15 @@ def small_walks(
     n: int,  # questions
     k: int,  # moves
     rng: np.random.Generator,
-    walled: bool = True,  # False: no barriers, and every step stays inside
+    world: str = "edges",  # one of `WORLDS`
     side: int = 3,  # squares
 ) -> tuple:  # n side² free squares; n k+1 squares walked, as numbers; n k moves, 0..3 in the order of `MOVES`
     "Random walks on small maps, all at once"
+    if world not in WORLDS:
+        refuse("world", repr(world), ", ".join(WORLDS))
     squares, step, each = side * side, np.array(list(MOVES.values())), np.arange(n)
     free = np.ones((n, squares), bool)
-    if walled:
+    if world == "walls":
         barriers = rng.integers(1, side + 1, n)
         free = rng.random((n, squares)).argsort(1).argsort(1) >= barriers[:, None]
     at = [(rng.random((n, squares)) * free).argmax(1)]
@@ -1196,7 +1204,7 @@ def small_walks(
     for t in range(k):
         here = np.stack([at[-1] // side, at[-1] % side], 1)
         inside = lambda m, here=here: ((here + step[m] >= 0) & (here + step[m] < side)).all(1)
-        while not walled and not (ok := inside(moves[:, t])).all():
+        while world == "open" and not (ok := inside(moves[:, t])).all():
             moves[~ok, t] = rng.integers(0, 4, (~ok).sum())
         to = np.where(inside(moves[:, t]), (here + step[moves[:, t]]) @ [side, 1], at[-1])
         at.append(np.where(free[each, to], to, at[-1]))
@@ -1208,7 +1216,7 @@ def trace_ids(
     k: int,  # moves
     trace: str,  # one of `TRACES`
     rng: np.random.Generator,  # the same one gives the same questions for every trace
-    walled: bool = True,
+    world: str = "edges",  # one of `WORLDS`
     side: int = 3,
 ) -> tuple:  # n side²+2k+1 question; n l trace, answer and end
     "Questions and what is to be written, as tokens; steps are numbered, from anywhere, so that every number is learnt"
@@ -1216,7 +1224,7 @@ def trace_ids(
         refuse("trace", repr(trace), ", ".join(TRACES))
     if whole("k", k) > NUMBERS:
         refuse("k", k, f"at most {NUMBERS} moves: there are as many numbers")
-    free, at, moves = small_walks(n, k, rng, walled, side)
+    free, at, moves = small_walks(n, k, rng, world, side)
     grid = lambda f, a: np.where(np.arange(side * side) == a[:, None], MARK, np.where(f, ROAD, BARRIER))
     column = lambda token: np.full((n, 1), token)
     whose = np.roll(np.arange(n), 1) if trace == "shuffled" else np.arange(n)
@@ -1239,22 +1247,22 @@ def trace_ids(
 class TraceBatches:
     "Batches of one length each, made when they are asked for; the same seed has the same questions for every trace"
 
-    def __init__(self, trace, steps, batch, ks, seed, walled=True, side=3):
+    def __init__(self, trace, steps, batch, ks, seed, world="edges", side=3):
         self.trace, self.steps, self.batch, self.ks, self.seed = trace, steps, batch, tuple(ks), seed
-        self.walled, self.side = walled, side
+        self.world, self.side = world, side
 
     def __len__(self):
         return self.steps
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, i))
-        ask, say = trace_ids(self.batch, int(rng.choice(self.ks)), self.trace, rng, self.walled, self.side)
+        ask, say = trace_ids(self.batch, int(rng.choice(self.ks)), self.trace, rng, self.world, self.side)
         return dict(
             input_ids=torch.cat([ask, say], 1), labels=torch.cat([torch.full_like(ask, -100), say], 1)
         )
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #162472b6
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #6ec74bda
 def small_model(
     side: int = 3,  # squares
     width: int = 64,
@@ -1312,7 +1320,7 @@ def examine(
     ks: tuple,  # lengths
     n: int,  # questions of each
     seed: int,
-    walled: bool = True,
+    world: str = "edges",  # one of `WORLDS`
     side: int = 3,
 ) -> dict:  # k -> right, tokens; of drawings: shares of right squares and states, answers right given the last drawing
     "Answers and drawings of a trained model on new questions"
@@ -1321,7 +1329,7 @@ def examine(
     out = {}
     for k in ks:
         ask, say = (
-            o.to(device) for o in trace_ids(n, k, trace, np.random.default_rng((seed, k)), walled, side)
+            o.to(device) for o in trace_ids(n, k, trace, np.random.default_rng((seed, k)), world, side)
         )
         got = decode(model, ask, say.shape[1] - 1)
         right = read_place(got) == say[:, -2]
