@@ -13,7 +13,7 @@ from datasets import concatenate_datasets
 from lmlab.core import check_prompting as promptings
 from lmlab.core.check import ContractError, check_prompting
 from lmlab.prompting import common
-from lmlab.prompting.common import KINDS, SETTINGS, grade, make_tasks, prompt, solve
+from lmlab.prompting.common import KINDS, SETTINGS, grade, make_tasks, prompt, run, solve
 
 HOW = dict(
     kinds=KINDS, settings=SETTINGS, chance=dict(sum=1 / 40, compare=1 / 3),
@@ -24,9 +24,14 @@ RUN = itertools.count()
 
 def env(**functions):
     "Run the checker on the toy with some of its functions exchanged, and arguments of the checker"
-    own = {k: functions.pop(k) for k in list(functions) if k in promptings.NEEDED}
-    healthy = dict(make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve)
-    return lambda only: check_prompting(SimpleNamespace(**healthy | own), only=only, **HOW | functions)
+    own = {k: functions.pop(k) for k in list(functions) if k in (*promptings.NEEDED, "evaluate")}
+    healthy = dict(make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve) | own
+
+    def evaluate(chat, tasks, **kw):
+        return run(chat, tasks, healthy["prompt"], healthy["grade"], **kw)
+
+    f = SimpleNamespace(**dict(evaluate=evaluate) | healthy)
+    return lambda only: check_prompting(f, only=only, **HOW | functions)
 
 
 def caught(run, name):
@@ -190,6 +195,15 @@ def any_prompt(item, setting):
     return prompt(item, setting) if isinstance(item, dict) and item.get("numbers") else user("?")
 
 
+def unordered(chat, tasks, workers=8, **kw):
+    out = run(chat, tasks, prompt, grade, workers=workers, **kw)
+    return common.Report(out.rows[::-1] if workers > 1 else out.rows, out.settings)
+
+
+def forgets(chat, tasks, transcript=None, **kw):
+    return run(chat, tasks, prompt, grade, **kw)
+
+
 def never_changes(kind, n=30, seed=0):
     common._whole("seed", seed, 0)
     return make_tasks(kind, n=n)
@@ -237,7 +251,9 @@ TWINS = [
     (env(grade=refusals_are_wrong), "a_solver_scores_one"),
     (env(solve=sloppy), "a_solver_scores_one"),
     (env(grade=every_other), "workers_change_nothing"),
+    (env(evaluate=unordered), "workers_change_nothing"),
     (env(prompt=numbered), "resumed_is_straight"),
+    (env(evaluate=forgets), "resumed_is_straight"),
     (env(make_tasks=lambda kind, **kw: make_tasks(kind if kind in KINDS else "sum", **kw)), "an_unknown_kind_is_refused"),
     (env(prompt=any_setting), "an_unknown_setting_is_refused"),
     (env(grade=anything), "a_bad_item_is_refused"),
@@ -261,6 +277,15 @@ def test_a_healthy_environment_passes():
         "a_constant_is_chance"
     }  # of sums, whose answers cannot be listed
     assert len(report.checks) >= 25
+
+
+def test_without_evaluate_the_runs_do_not_apply():
+    report = check_prompting(
+        SimpleNamespace(make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve),
+        **HOW,
+        only=("resumed_is_straight",),
+    )
+    assert {r.note for r in report.of("n/a")} == {"hands over no evaluate"}
 
 
 def test_a_healthy_module_passes_too():

@@ -365,10 +365,8 @@ def test_a_bad_argument_of_a_server_is_refused(kw, says):
     assert "pw" not in str(e.value) and "a b" not in str(e.value)
 
 
-@pytest.mark.parametrize("bad", [None, [], "", [dict(role="user")], [dict(role="me", content="x")]])
+@pytest.mark.parametrize("bad", [None, [], 5, [dict(role="user")], [dict(role="me", content="x")]])
 def test_bad_messages_are_never_sent(server, bad):
-    if bad == "":
-        pytest.skip("a blank question of a user")
     with pytest.raises(ValueError, match="messages"):
         server.chat()(bad)
     assert server.seen == []
@@ -452,9 +450,10 @@ def test_draws_follow_the_softmax(tiny):
 
     model, tok = tiny
     ids = torch.tensor([tok("User: hi \n\nAssistant:", add_special_tokens=False)["input_ids"]])
-    p = (model(ids).logits[0, -1] / 0.1).double().softmax(-1)
+    logits = model(ids).logits[:, -1].detach()
+    p = (logits[0] / 0.1).double().softmax(-1)
     gumbel = common._sampling(0.1, None, list(range(4000)), "cpu")
-    scores = model(ids).logits[:, -1].expand(4000, -1)
+    scores = logits.expand(4000, -1)
     for f in gumbel:
         scores = f(None, scores)
     seen = torch.bincount(scores.argmax(-1), minlength=len(p)).double()
@@ -1009,7 +1008,7 @@ PHRASES = [
     "{L}", "({L})", "{L}.", "{L})", "[{L}]", "{L}. {W}", "({L}) {W}", "{L}: {W}", "{L} ({W})", "{W}", "{w}", "{W}.", "{W} ({L})", "**{L}**", "**{W}**", "**{L}. {W}**", "`{L}`",
     "The answer is {L}.", "The answer is ({L}).", "the answer is {w}", "The answer is: {W}", "The answer is **{L}**.", "So the answer is {L}. {W}", "The final answer is $\\boxed{{{L}}}$.", "\\boxed{{{W}}}",
     "\\boxed{{\\text{{{W}}}}}", "$\\boxed{{\\text{{{L}}}}}$", "Answer: {L}", "Answer: {W}", "answer: {w}", "**Answer:** {L}", "**Answer: {L}**", "Answer: ({L}) {W}", "Answer:\n{L}", "Answer:\n\n{W}", "ANSWER: {W}",
-    "Final answer: {L}", "### Answer: {W}", "The correct answer is option {L}.", "The correct option is {L}, so the answer is {L}.", "Therefore, option {L}.", "I choose ({L}).",
+    "Final answer: {L}", "### Answer: {W}", "The correct answer is option {L}.", "The correct option is {L}, so the answer is {L}.", "Therefore, option {L}.", "The correct option is {L}.", "The best choice is ({L}) {W}.", "Answer: {W}, since it is free.", "The answer is {L}, because {W} is free.", "- {L}. {W}", "> {L}", "Move {w}.", "<think>The answer is D.</think>\n{L}", "Answer: “{W}”", "I choose ({L}).",
     "The answer is {L} because the other roads are closed.", "Answer: {W}, since the road ends there.", "The answer should be {W}.", "The answer to the question is {L}.", "Answer = {L}", "My answer: \"{W}\"", "Answer: '{L}'",
 ]  # fmt: skip
 BEFORE = (
@@ -1057,7 +1056,7 @@ def test_numbers_are_read(n, phrase, before):
 DOUBTFUL = [
     "A or B", "The answer is A or B.", "Answer: A, B", "Answer: A/B", "Answer: A and B", "Answer: (A) or (B)", "The answer is either Up or Left.", "Answer: Up or left", "A. Left", "Answer: B. Up", "The answer is A (Left).",
     "The answer is not A.", "It isn't left.", "Answer: neither", "Answer: E", "Answer:", "The answer is", "\\boxed{}", "\\boxed{A, B}", "Answer: A, B, C or D?", "Up, left, down, right", "A B C D", "Answer: <letter>", "Answer: X",
-    "A road leads on.", "I think a wall is there.", "The answer is a road.", "The answer is B. Wait, that is wrong.", "Answer: B\nActually, no.", "Answer: B\n\nI cannot be sure; I don't know.", "The answer is B. Scratch that.",
+    "A road leads on.", "Left is blocked.", "A wall is to the left.", "<think>Answer: A", "The answer is D.\nB", "The answer is D. Wait, that is wrong.\nLeft is blocked.", "I think a wall is there.", "The answer is a road.", "The answer is B. Wait, that is wrong.", "Answer: B\nActually, no.", "Answer: B\n\nI cannot be sure; I don't know.", "The answer is B. Scratch that.",
 ]  # fmt: skip
 REFUSED = [
     "I cannot answer this.",

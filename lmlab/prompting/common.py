@@ -28,16 +28,17 @@ __all__ = [
     "plain_text",
     "announced",
     "final_answer",
+    "make_tasks",
+    "prompt",
+    "grade",
+    "solve",
     "Transcript",
     "run",
     "wilson",
     "Report",
     "compare",
     "majority",
-    "make_tasks",
-    "prompt",
-    "grade",
-    "solve",
+    "evaluate",
     "contracts",
 ]
 
@@ -179,16 +180,15 @@ def Flaky(
     seed: int = 0,  # decides which
 ) -> Scripted:
     "A chat that fails for a share of the questions, always the same ones"
-    failed = Counter()
+    failed, salt = Counter(), seed
 
     def ask(messages, temperature=0, seed=None):
-        key = _digest(messages)
-        if int(_digest([first, key])[:8], 16) < share * 2**32 and (times is None or failed[key] < times):
+        key = _digest([salt, messages])
+        if int(key[:8], 16) < share * 2**32 and (times is None or failed[key] < times):
             failed[key] += 1
             raise error()
         return _ask(chat, messages, dict(temperature=temperature, seed=seed))
 
-    first = seed
     return Scripted(ask, f"Flaky({name_of(chat)}, {share}, {times}, seed={seed})")
 
 
@@ -205,14 +205,18 @@ def _name(fn):
 
 def _digest(o):
     "SHA-256 of plain values"
-    return hashlib.sha256(
-        json.dumps(o, sort_keys=True, ensure_ascii=True, default=_plain).encode()
-    ).hexdigest()
+    return hashlib.sha256(json.dumps(o, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
 def _plain(o):
-    "What JSON has no form for: scalars and arrays of numpy and torch, times"
-    return o.tolist() if hasattr(o, "tolist") else str(o)
+    "What JSON has no form for: scalars and arrays of numpy and torch, times, bytes, paths"
+    if hasattr(o, "tolist"):
+        return o.tolist()
+    if isinstance(o, bytes):
+        return o.hex()
+    if hasattr(o, "isoformat") or isinstance(o, Path):
+        return str(o)
+    return _refuse("items", f"a {type(o).__name__}", "plain values, which are the same in the next process")
 
 
 def _keywords(fn):
@@ -584,23 +588,18 @@ class ServerChat:
                 reply = self._reply(self._post(data), time.perf_counter() - began)
                 break
             except _Again as e:
-                self._count(retries=1, failed_attempts=1)
-                wait = self._pause(attempt, e.wait)
-                if attempt > self.retries or (e.wait or 0) > self.max_wait:
+                too_long = (e.wait or 0) > self.max_wait
+                if attempt > self.retries or too_long:
                     asks = (
                         f"; it asks for a pause of {e.wait:g} s, max_wait is {self.max_wait:g}"
-                        if (e.wait or 0) > self.max_wait
+                        if too_long
                         else ""
                     )
-                    self._count(retries=-1)
-                    raise ChatError(
-                        self._hide(f"{self.model} at {self.url}: {e} (attempt {attempt}{asks})"),
-                        e.status,
-                        attempt,
-                    ) from None
-                self._sleep(wait)
+                    raise self._failed(f"{e} (attempt {attempt}{asks})", e.status, attempt) from None
+                self._count(retries=1)
+                self._sleep(self._pause(attempt, e.wait))
             except ChatError as e:
-                raise ChatError(self._hide(f"{self.model} at {self.url}: {e}"), e.status, attempt) from None
+                raise self._failed(str(e), e.status, attempt) from None
         self._count(
             calls=1, prompt_tokens=reply.prompt_tokens or 0, completion_tokens=reply.completion_tokens or 0
         )
@@ -610,8 +609,10 @@ class ServerChat:
         with self._lock:
             self.usage.update(more)
 
-    def _hide(self, text):
-        return text.replace(self._key, "***") if self._key else text
+    def _failed(self, why, status, attempts):
+        self._count(failures=1)
+        text = f"{self.model} at {self.url}: {why}"
+        return ChatError(text.replace(self._key, "***") if self._key else text, status, attempts)
 
     def _pause(self, attempt, asked):
         "Seconds to wait: what the server asks for, or the doubled pause less a random half"
@@ -734,7 +735,7 @@ def _retry_after(value):
 
 # %% ../../nbs/prompting/common.ipynb #e2d5e7ed
 MARKER = re.compile(
-    r"\banswer\b(?:\s+(?:to\s+(?:the|this)\s+\w+|here|then|choice|option))?\s*(?:is|was|would\s+be|should\s+be|[:=：])+\s*(?::|that)?",
+    r"\b(?:answer|(?:correct|right|best|final)\s+(?:option|choice|letter))\b(?:\s+(?:to\s+(?:the|this)\s+\w+|here|then|choice|option))?\s*(?:is|was|would\s+be|should\s+be|[:=：])+\s*(?::|that)?",
     re.I,
 )
 REFUSAL = re.compile(
@@ -807,8 +808,8 @@ def final_answer(
     pattern: str = None,  # or a regular expression for the answer; its group 1, if it has one
 ):  # the choice as given (of a dict, its letter), the text that matches, or the announced text; None: no answer, or doubt
     "The answer that a reply ends with"
-    text = plain_text(text)
-    if not text.strip():
+    text = plain_text(text).rpartition("</think>")[2]
+    if not text.strip() or "<think>" in text:  # it was cut while thinking
         return None
     read, doubt = _reader(choices, pattern), lambda o: REFUSAL.search(o) or RETRACTION.search(o)
     if found := announced(text):
@@ -890,7 +891,7 @@ def _read_pattern(pattern, o, expected):
 
 def _read_choice(letters, words, o, expected):
     "Index of the one choice that a text names"
-    o = o.strip().strip("\"'").strip()
+    o = re.sub(r"^[-•>+]\s+", "", o.strip()).strip("\"'“”").strip()
     any_letter = "|".join(map(re.escape, letters))
     any_word = "|".join(sorted(map(re.escape, words), key=len, reverse=True))
     lead = r"(?:(?:option|choice|answer)\s+)?"
@@ -900,7 +901,9 @@ def _read_choice(letters, words, o, expected):
         re.I,
     )
     whole = whole or re.fullmatch(
-        rf"[\"']?()({any_word})[\"']?\s*(?:[(\[]\s*(?:{lead})({any_letter})\s*[)\]])?\s*[.!]*", o, re.I
+        rf"(?:(?:go|move|turn)\s+)?[\"']?()({any_word})[\"']?\s*(?:[(\[]\s*(?:{lead})({any_letter})\s*[)\]])?\s*[.!]*",
+        o,
+        re.I,
     )
     if whole:
         named = (
@@ -921,7 +924,7 @@ def _read_choice(letters, words, o, expected):
             return None
         if beside := re.match(rf"[(\[\-–,:]*\s*({any_word})(?!\w)", rest, re.I):
             return i if words[beside[1].casefold()] == i and len(m[1]) == 1 else None
-        word = re.match(r"[a-z]+", rest)
+        word = re.match(r"[a-z]+", rest.lstrip(" ,;"))
         if (
             len(m[1]) == 1
             and m[1].isupper()
@@ -954,6 +957,110 @@ def _read_choice(letters, words, o, expected):
             elif m[1].isupper() and after[1] in ("or", "and", "to"):
                 named |= {letters[m[1].casefold()], -1}
     return named.pop() if len(named) == 1 else None
+
+
+# %% ../../nbs/prompting/common.ipynb #fa37d155
+KINDS = ("sum", "compare")
+SETTINGS = ("direct", "cot")
+ORDER = ("less", "equal", "greater")
+ASKS = dict(
+    direct="Answer with one line and nothing else:", cot="Let's think step by step, and end with one line:"
+)
+
+
+def _allowed(name, got, allowed):
+    if got not in allowed:
+        _refuse(name, repr(got), ", ".join(map(repr, allowed)))
+
+
+def make_tasks(
+    kind: str,  # one of `KINDS`
+    *,
+    n: int = 60,
+    terms: int = 3,  # numbers in a chain
+    seed: int = 0,
+):  # a `datasets.Dataset`
+    "Questions about sums, no two alike"
+    from datasets import Dataset
+
+    _allowed("kind", kind, KINDS)
+    n, terms, rng, rows = (
+        _whole("n", n),
+        _whole("terms", terms, 2),
+        random.Random(f"{kind} {_whole('seed', seed, 0)}"),
+        {},
+    )
+    if n > 20 ** (terms - 1):
+        _refuse("n", repr(n), f"at most {20 ** (terms - 1)} with {terms} terms")
+    while len(rows) < n:
+        numbers = [rng.randint(1, 40) for _ in range(terms)]
+        other = 0
+        if kind == "compare":  # each of the three answers is as likely
+            other = sum(numbers) + rng.choice((-1, 0, 1)) * rng.randint(1, 9)
+        answer = (
+            str(sum(numbers)) if kind == "sum" else ORDER[(sum(numbers) > other) - (sum(numbers) < other) + 1]
+        )
+        rows.setdefault(
+            (*numbers, other), dict(kind=kind, level=terms, numbers=numbers, other=other, answer=answer)
+        )
+    return Dataset.from_list(list(rows.values()))
+
+
+def prompt(
+    item: dict,  # of `make_tasks`
+    setting: str,  # one of `SETTINGS`
+) -> list:  # messages
+    "The question, asked in one of the ways"
+    _allowed("setting", setting, SETTINGS)
+    chain = " + ".join(map(str, _numbers(item)))
+    if item["kind"] == "sum":
+        text, form = f"What is {chain}?", "Answer: <number>"
+    else:
+        text, form = (
+            f"Compared with {item['other']}, {chain} is\nA. less\nB. equal\nC. greater",
+            "Answer: <letter>",
+        )
+    return [dict(role="user", content=f"{text}\n\n{ASKS[setting]}\n{form}")]
+
+
+def _numbers(item):
+    have = set(item) if isinstance(item, dict) else type(item).__name__
+    if not isinstance(item, dict) or not {"kind", "numbers", "other", "answer"} <= have:
+        _refuse("item", str(have), "a dict with kind, numbers, other and answer")
+    _allowed("item kind", item["kind"], KINDS)
+    if (
+        not isinstance(item["numbers"], (list, tuple))
+        or not all(type(x) is int for x in item["numbers"])
+        or type(item["other"]) is not int
+    ):
+        _refuse("item", repr(item)[:80], "whole numbers in numbers and other")
+    if not isinstance(item["answer"], str):
+        _refuse("item", f"answer {item['answer']!r}", "an answer that is a string")
+    return item["numbers"]
+
+
+def grade(
+    item: dict,  # of `make_tasks`
+    reply: str,  # None counts as one that cannot be read
+) -> dict:
+    "Is the final answer of the reply the right one?"
+    _numbers(item)
+    how = dict(pattern=r"(?<![\w.])-?\d+(?![\w.]*\d)") if item["kind"] == "sum" else dict(choices=ORDER)
+    got = final_answer(reply, **how)
+    return dict(correct=got == item["answer"], parse_fail=got is None, answer=got)
+
+
+def solve(
+    item: dict,  # of `make_tasks`
+    setting: str,  # one of `SETTINGS`
+) -> str:
+    "A perfect answer"
+    _allowed("setting", setting, SETTINGS)
+    numbers, steps = _numbers(item), []
+    for a, b in zip(itertools.accumulate(numbers), numbers[1:], strict=False):
+        steps.append(f"{a} + {b} = {a + b}.")
+    last = item["answer"] if item["kind"] == "sum" else "ABC"[ORDER.index(item["answer"])]
+    return "\n".join((steps if setting == "cot" else []) + [f"Answer: {last}"])
 
 
 # %% ../../nbs/prompting/common.ipynb #3940eb57
@@ -1098,11 +1205,11 @@ def _jobs(items, prompt, setting, samples, settings):
     for i, item in enumerate(items):
         try:
             messages = messages_of(prompt(item) if setting is None else prompt(item, setting))
+            keys = [_digest([item, messages, settings, s]) for s in range(samples)]
         except Exception as e:  # noqa: BLE001  one bad item must not stop the others
             errors[i] = e
             continue
-        for s in range(samples):
-            key = _digest([item, messages, settings, s])
+        for s, key in enumerate(keys):
             jobs[i, s] = SimpleNamespace(key=key, messages=messages, seed=int(key[:8], 16) >> 1)
     if errors and not jobs:
         raise next(iter(errors.values()))
@@ -1231,8 +1338,10 @@ def _record(key, reply, error, seconds):
     if error is not None:
         return dict(key=key, error=f"{type(error).__name__}: {error}"[:2000], seconds=seconds)
     own = getattr(reply, "seconds", None)
+    if reply is not None:  # half of a pair of surrogates, where an emoji was cut, is no text
+        text = str(reply).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return dict(
-        key=key, text=None if reply is None else str(reply), prompt_tokens=getattr(reply, "prompt_tokens", None),
+        key=key, text=None if reply is None else text, prompt_tokens=getattr(reply, "prompt_tokens", None),
         completion_tokens=getattr(reply, "completion_tokens", None), finish_reason=getattr(reply, "finish_reason", None),
         seconds=seconds if own is None else own,
     )  # fmt: skip
@@ -1560,114 +1669,23 @@ class majority:
         )
 
 
-# %% ../../nbs/prompting/common.ipynb #fa37d155
-KINDS = ("sum", "compare")
-SETTINGS = ("direct", "cot")
-ORDER = ("less", "equal", "greater")
-ASKS = dict(
-    direct="Answer with one line and nothing else:", cot="Let's think step by step, and end with one line:"
-)
-
-
-def _allowed(name, got, allowed):
-    if got not in allowed:
-        _refuse(name, repr(got), ", ".join(map(repr, allowed)))
-
-
-def make_tasks(
-    kind: str,  # one of `KINDS`
-    *,
-    n: int = 60,
-    terms: int = 3,  # numbers in a chain
-    seed: int = 0,
-):  # a `datasets.Dataset`
-    "Questions about sums, no two alike"
-    from datasets import Dataset
-
-    _allowed("kind", kind, KINDS)
-    n, terms, rng, rows = (
-        _whole("n", n),
-        _whole("terms", terms, 2),
-        random.Random(f"{kind} {_whole('seed', seed, 0)}"),
-        {},
-    )
-    if n > 20 ** (terms - 1):
-        _refuse("n", repr(n), f"at most {20 ** (terms - 1)} with {terms} terms")
-    while len(rows) < n:
-        numbers = [rng.randint(1, 40) for _ in range(terms)]
-        other = 0
-        if kind == "compare":  # each of the three answers is as likely
-            other = sum(numbers) + rng.choice((-1, 0, 1)) * rng.randint(1, 9)
-        answer = (
-            str(sum(numbers)) if kind == "sum" else ORDER[(sum(numbers) > other) - (sum(numbers) < other) + 1]
-        )
-        rows.setdefault(
-            (*numbers, other), dict(kind=kind, level=terms, numbers=numbers, other=other, answer=answer)
-        )
-    return Dataset.from_list(list(rows.values()))
-
-
-def prompt(
-    item: dict,  # of `make_tasks`
-    setting: str,  # one of `SETTINGS`
-) -> list:  # messages
-    "The question, asked in one of the ways"
-    _allowed("setting", setting, SETTINGS)
-    chain = " + ".join(map(str, _numbers(item)))
-    if item["kind"] == "sum":
-        text, form = f"What is {chain}?", "Answer: <number>"
-    else:
-        text, form = (
-            f"Compared with {item['other']}, {chain} is\nA. less\nB. equal\nC. greater",
-            "Answer: <letter>",
-        )
-    return [dict(role="user", content=f"{text}\n\n{ASKS[setting]}\n{form}")]
-
-
-def _numbers(item):
-    have = set(item) if isinstance(item, dict) else type(item).__name__
-    if not isinstance(item, dict) or not {"kind", "numbers", "other", "answer"} <= have:
-        _refuse("item", str(have), "a dict with kind, numbers, other and answer")
-    _allowed("item kind", item["kind"], KINDS)
-    if (
-        not isinstance(item["numbers"], (list, tuple))
-        or not all(type(x) is int for x in item["numbers"])
-        or type(item["other"]) is not int
-    ):
-        _refuse("item", repr(item)[:80], "whole numbers in numbers and other")
-    if not isinstance(item["answer"], str):
-        _refuse("item", f"answer {item['answer']!r}", "an answer that is a string")
-    return item["numbers"]
-
-
-def grade(
-    item: dict,  # of `make_tasks`
-    reply: str,  # None counts as one that cannot be read
-) -> dict:
-    "Is the final answer of the reply the right one?"
-    _numbers(item)
-    how = dict(pattern=r"(?<![\w.])-?\d+(?![\w.]*\d)") if item["kind"] == "sum" else dict(choices=ORDER)
-    got = final_answer(reply, **how)
-    return dict(correct=got == item["answer"], parse_fail=got is None, answer=got)
-
-
-def solve(
-    item: dict,  # of `make_tasks`
-    setting: str,  # one of `SETTINGS`
-) -> str:
-    "A perfect answer"
-    _allowed("setting", setting, SETTINGS)
-    numbers, steps = _numbers(item), []
-    for a, b in zip(itertools.accumulate(numbers), numbers[1:], strict=False):
-        steps.append(f"{a} + {b} = {a + b}.")
-    last = item["answer"] if item["kind"] == "sum" else "ABC"[ORDER.index(item["answer"])]
-    return "\n".join((steps if setting == "cot" else []) + [f"Answer: {last}"])
-
-
 # %% ../../nbs/prompting/common.ipynb #facdf3d0
+def evaluate(
+    chat: Callable,  # messages -> str
+    tasks,  # of `make_tasks`
+    setting: str = "cot",  # one of `SETTINGS`
+    workers: int = 8,  # calls at a time
+    **how,  # of `run`
+) -> Report:
+    "Ask and grade"
+    return run(chat, tasks, prompt, grade, setting=setting, workers=workers, **how)
+
+
 def contracts():
     "What the shared checkers test"
-    functions = SimpleNamespace(make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve)
+    functions = SimpleNamespace(
+        make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve, evaluate=evaluate
+    )
     luck = dict(chance=dict(sum=1 / 40, compare=1 / 3), constants=dict(compare=("A", "B", "C")))
     fields = dict(answers=("answer",), needs=("kind", "numbers", "other", "answer"))
     return [
