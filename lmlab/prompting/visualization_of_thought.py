@@ -1357,7 +1357,7 @@ def examine(
     return out
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #03af1d25
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #4d5d3bbf
 def contracts():
     "What the shared checkers test"
     from types import SimpleNamespace
@@ -1373,7 +1373,7 @@ def contracts():
                 settings=("cot", "no_viz", "vot"),
                 chance=dict(route=0.05, next_step=0.25, tiling=0.5, nl_nav=0.02),
                 constants=dict(next_step=[f"Answer: {o}" for o in "ABCD"], tiling=["Answer: A", "Answer: B"]),
-                make={kind: dict(n=24, skin=skin) for kind in KINDS},
+                make={kind: dict(n=16, skin=skin) for kind in KINDS},
                 needs=NEEDED,
             ),
         )
