@@ -1357,12 +1357,14 @@ def examine(
     return out
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #4d5d3bbf
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #a6ffd376
 def contracts():
     "What the shared checkers test"
     from types import SimpleNamespace
 
-    functions = SimpleNamespace(make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve)
+    functions = SimpleNamespace(
+        make_tasks=make_tasks, prompt=prompt, grade=grade, solve=solve, evaluate=evaluate
+    )
     return [
         (
             "prompting",
