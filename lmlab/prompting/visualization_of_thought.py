@@ -24,16 +24,12 @@ __all__ = [
     "ANNOUNCED",
     "WORLDS",
     "TRACES",
-    "EOS",
     "ASK",
-    "GIVES",
     "ROAD",
     "MARK",
     "BARRIER",
     "MOVE",
-    "NUMBER",
     "PLACE",
-    "NUMBERS",
     "turnings",
     "ahead",
     "lay",
@@ -89,7 +85,6 @@ __all__ = [
     "TraceBatches",
     "small_model",
     "decode",
-    "read_place",
     "examine",
     "contracts",
 ]
@@ -1173,15 +1168,21 @@ def tracking(
     return out | dict(right_if_drawn_right=mean(given(1.0)), right_if_drawn_wrong=mean(given(0.0)))
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #3c31264a
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #4299ffe1
 WORLDS = (
     "open",
     "edges",
     "walls",
 )  # every step stays inside; a step beyond the edge does nothing; nor does one into a barrier
 TRACES = ("answer", "cot", "words", "vot", "shuffled", "filler")
-EOS, ASK, GIVES, ROAD, MARK, BARRIER = range(1, 7)  # tokens; 0 is padding
-MOVE, NUMBER, PLACE, NUMBERS = 7, 11, 27, 16  # the first of four moves, of 16 numbers of steps, of the places
+ASK, ROAD, MARK, BARRIER, MOVE, PLACE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    9,
+)  # tokens: where?, squares, the first of four moves, the first of the places
 
 
 def small_walks(
@@ -1218,12 +1219,10 @@ def trace_ids(
     rng: np.random.Generator,  # the same one gives the same questions for every trace
     world: str = "edges",  # one of `WORLDS`
     side: int = 3,
-) -> tuple:  # n side²+2k+1 question; n l trace, answer and end
-    "Questions and what is to be written, as tokens; steps are numbered, from anywhere, so that every number is learnt"
+) -> tuple:  # n side², the map; n l, all that follows; l, is this token the model's to write?
+    "Walks that are told move by move, with what is written after each, and the place at the end"
     if trace not in TRACES:
         refuse("trace", repr(trace), ", ".join(TRACES))
-    if whole("k", k) > NUMBERS:
-        refuse("k", k, f"at most {NUMBERS} moves: there are as many numbers")
     free, at, moves = small_walks(n, k, rng, world, side)
     grid = lambda f, a: np.where(np.arange(side * side) == a[:, None], MARK, np.where(f, ROAD, BARRIER))
     column = lambda token: np.full((n, 1), token)
@@ -1233,15 +1232,17 @@ def trace_ids(
         vot=lambda t: grid(free, at[:, t + 1]),
         shuffled=lambda t: grid(free[whose], at[whose, t + 1]),
         filler=lambda t: np.full((n, side * side), ROAD),
-        cot=lambda t: np.empty((n, 0), int),
+        cot=lambda t: MOVE + moves[:, t, None],
+        answer=lambda t: np.empty((n, 0), int),
     )
-    number = rng.integers(0, NUMBERS - k + 1, n)[:, None] + np.arange(k)
-    steps = np.stack([NUMBER + number, MOVE + moves], 2)  # n k 2
-    out = [o for t in range(k) if trace != "answer" for o in (steps[:, t], drawn[trace](t))]
-    ask = np.concatenate([grid(free, at[:, 0]), steps.reshape(n, 2 * k), column(ASK)], 1)
-    return torch.from_numpy(ask), torch.from_numpy(
-        np.concatenate([*out, column(GIVES), PLACE + at[:, -1:], column(EOS)], 1)
-    )
+    told = [o for t in range(k) for o in (MOVE + moves[:, t, None], drawn[trace](t))] + [
+        column(ASK),
+        PLACE + at[:, -1:],
+    ]
+    own = [
+        np.full(o.shape[1], i % 2 == 1) for i, o in enumerate(told)
+    ]  # moves and the question are told, the rest is written
+    return tuple(map(torch.from_numpy, (grid(free, at[:, 0]), np.concatenate(told, 1), np.concatenate(own))))
 
 
 class TraceBatches:
@@ -1256,13 +1257,16 @@ class TraceBatches:
 
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, i))
-        ask, say = trace_ids(self.batch, int(rng.choice(self.ks)), self.trace, rng, self.world, self.side)
+        ask, say, own = trace_ids(
+            self.batch, int(rng.choice(self.ks)), self.trace, rng, self.world, self.side
+        )
         return dict(
-            input_ids=torch.cat([ask, say], 1), labels=torch.cat([torch.full_like(ask, -100), say], 1)
+            input_ids=torch.cat([ask, say], 1),
+            labels=torch.cat([torch.full_like(ask, -100), say.where(own, -100)], 1),
         )
 
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #6ec74bda
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #4db5b662
 def small_model(
     side: int = 3,  # squares
     width: int = 64,
@@ -1286,32 +1290,26 @@ def small_model(
 @torch.no_grad()
 def decode(
     model,  # a causal language model
-    ask: torch.Tensor,  # n p, questions of one length
-    length: int,  # tokens to write
+    ask: torch.Tensor,  # n p, maps
+    say: torch.Tensor,  # n l, what follows; only the tokens that are told are used
+    own: torch.Tensor,  # l, is this token the model's to write?
     temperature: float = 0.0,  # 0: the likeliest
     seed: int = 0,  # of the draws
-) -> torch.Tensor:  # n length
-    "Write with a cache, all rows at once"
+) -> torch.Tensor:  # n l
+    "Write with a cache, all rows at once; what is told is fed as it is"
     draws = torch.Generator(ask.device).manual_seed(seed)
     cache, out, now = None, [], ask
-    for _ in range(length):
+    for i, mine in enumerate(own.tolist()):
         o = model(input_ids=now, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, logits = o.past_key_values, o.logits[:, -1].float()
-        if temperature:
+        if not mine:
+            now = say[:, i : i + 1]
+        elif temperature:
             now = torch.multinomial((logits / temperature).softmax(-1), 1, generator=draws)
         else:
             now = logits.argmax(-1, keepdim=True)
         out.append(now)
     return torch.cat(out, 1)
-
-
-def read_place(
-    out: torch.Tensor,  # n l
-) -> torch.Tensor:  # n, the token after the first "=", 0 where there is none
-    "The answer of each row"
-    at = (out == GIVES).int().argmax(1)
-    there = (out == GIVES).any(1) & (at + 1 < out.shape[1])
-    return torch.where(there, out.gather(1, (at + 1).clamp(max=out.shape[1] - 1)[:, None])[:, 0], 0)
 
 
 def examine(
@@ -1328,16 +1326,16 @@ def examine(
     model.eval()
     out = {}
     for k in ks:
-        ask, say = (
+        ask, say, own = (
             o.to(device) for o in trace_ids(n, k, trace, np.random.default_rng((seed, k)), world, side)
         )
-        got = decode(model, ask, say.shape[1] - 1)
-        right = read_place(got) == say[:, -2]
-        out[k] = r = dict(right=right.float().mean().item(), tokens=say.shape[1])
+        got = decode(model, ask, say, own)
+        right = got[:, -1] == say[:, -1]
+        out[k] = r = dict(right=right.float().mean().item(), tokens=int(own.sum()))
         if trace == "vot":
             squares = side * side
-            pictures = lambda o, k=k, squares=squares: o[:, : k * (squares + 2)].view(n, k, squares + 2)[
-                :, :, 2:
+            pictures = lambda o, k=k, squares=squares: o[:, : k * (squares + 1)].view(n, k, squares + 1)[
+                :, :, 1:
             ]
             drawn, true = pictures(got), pictures(say)
             state = (drawn == true).all(2)
