@@ -165,8 +165,8 @@ def test_a_trail_is_a_drawing_of_the_state(kind):
         walls = vot.canonical(item["map"]).split("\n")
         at, drawing, reply = vot.find_square(rows, "🏠"), item["map"], ""
         for move in item["moves"][: item["given"] or None]:
-            for at in vot.slide(walls, at, move):
-                drawing = vot.marked(drawing, at, "🔵")
+            for square in vot.slide(walls, at, move):
+                drawing, at = vot.marked(drawing, square, "🔵"), square
             reply += f"I move {move}.\n{drawing}\n\n"
         t = vot.track(item, reply)
         assert t["complete"] and all(t["accuracy"]) and t["last"]
@@ -180,12 +180,8 @@ def test_global_generators_are_left_alone():
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     for kind in KINDS:
         some(kind)
-    vot.decode(
-        vot.small_model(width=16, layers=1),
-        vot.trace_ids(2, 2, "vot", np.random.default_rng(0))[0],
-        3,
-        temperature=0.7,
-    )
+    case = vot.trace_ids(2, 2, "vot", np.random.default_rng(0))
+    vot.decode(vot.small_model(width=16, layers=1), *case, temperature=0.7)
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
