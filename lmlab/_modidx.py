@@ -2717,6 +2717,326 @@ d = {
                 "lmlab/core/check_loader.py",
             ),
         },
+        "lmlab.core.check_prompting": {
+            "lmlab.core.check_prompting.LookedUp": (
+                "core/check_prompting.html#lookedup",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting.LookedUp.__call__": (
+                "core/check_prompting.html#lookedup.__call__",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting.LookedUp.__init__": (
+                "core/check_prompting.html#lookedup.__init__",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._a_bad_item_is_refused": (
+                "core/check_prompting.html#_a_bad_item_is_refused",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._a_bad_size_is_refused": (
+                "core/check_prompting.html#_a_bad_size_is_refused",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._a_constant_is_chance": (
+                "core/check_prompting.html#_a_constant_is_chance",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._a_perfect_reply_is_right": (
+                "core/check_prompting.html#_a_perfect_reply_is_right",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._a_retraction_counts": (
+                "core/check_prompting.html#_a_retraction_counts",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._a_solver_scores_one": (
+                "core/check_prompting.html#_a_solver_scores_one",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._above": (
+                "core/check_prompting.html#_above",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._after_the_question_it_is_right": (
+                "core/check_prompting.html#_after_the_question_it_is_right",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._an_unknown_kind_is_refused": (
+                "core/check_prompting.html#_an_unknown_kind_is_refused",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._an_unknown_setting_is_refused": (
+                "core/check_prompting.html#_an_unknown_setting_is_refused",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._another_items_reply_is_chance": (
+                "core/check_prompting.html#_another_items_reply_is_chance",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._global_generators_are_left_alone": (
+                "core/check_prompting.html#_global_generators_are_left_alone",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._grades_say_what_they_must": (
+                "core/check_prompting.html#_grades_say_what_they_must",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._grading_is_pure": (
+                "core/check_prompting.html#_grading_is_pure",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._items_are_plain_values": (
+                "core/check_prompting.html#_items_are_plain_values",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._key": (
+                "core/check_prompting.html#_key",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._layout_does_not_matter": (
+                "core/check_prompting.html#_layout_does_not_matter",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._lucky": (
+                "core/check_prompting.html#_lucky",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._no_question_twice": (
+                "core/check_prompting.html#_no_question_twice",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._noise_is_survived": (
+                "core/check_prompting.html#_noise_is_survived",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._one_seed_one_set": (
+                "core/check_prompting.html#_one_seed_one_set",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._prompts_are_messages": (
+                "core/check_prompting.html#_prompts_are_messages",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._prompts_are_pure": (
+                "core/check_prompting.html#_prompts_are_pure",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._refused": (
+                "core/check_prompting.html#_refused",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._resumed_is_straight": (
+                "core/check_prompting.html#_resumed_is_straight",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._right": (
+                "core/check_prompting.html#_right",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._run": (
+                "core/check_prompting.html#_run",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._settings_ask_differently": (
+                "core/check_prompting.html#_settings_ask_differently",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._silence_is_unreadable": (
+                "core/check_prompting.html#_silence_is_unreadable",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._tasks": (
+                "core/check_prompting.html#_tasks",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._tasks_survive_the_disk": (
+                "core/check_prompting.html#_tasks_survive_the_disk",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._the_answer_is_not_in_the_prompt": (
+                "core/check_prompting.html#_the_answer_is_not_in_the_prompt",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._the_question_is_no_answer": (
+                "core/check_prompting.html#_the_question_is_no_answer",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._the_seed_matters_where_declared": (
+                "core/check_prompting.html#_the_seed_matters_where_declared",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting._workers_change_nothing": (
+                "core/check_prompting.html#_workers_change_nothing",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting.check_prompting": (
+                "core/check_prompting.html#check_prompting",
+                "lmlab/core/check_prompting.py",
+            ),
+            "lmlab.core.check_prompting.noise": (
+                "core/check_prompting.html#noise",
+                "lmlab/core/check_prompting.py",
+            ),
+        },
+        "lmlab.core.check_retriever": {
+            "lmlab.core.check_retriever._a_loaded_index_is_mapped": (
+                "core/check_retriever.html#_a_loaded_index_is_mapped",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._a_passage_without_words_is_never_found": (
+                "core/check_retriever.html#_a_passage_without_words_is_never_found",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._a_search_leaves_no_trace": (
+                "core/check_retriever.html#_a_search_leaves_no_trace",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._a_shorter_answer_is_the_start": (
+                "core/check_retriever.html#_a_shorter_answer_is_the_start",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._a_stream_is_a_list": (
+                "core/check_retriever.html#_a_stream_is_a_list",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._added_is_built": (
+                "core/check_retriever.html#_added_is_built",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._an_answer_is_well_formed": (
+                "core/check_retriever.html#_an_answer_is_well_formed",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._an_embedding_is_of_its_text": (
+                "core/check_retriever.html#_an_embedding_is_of_its_text",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._bytes": (
+                "core/check_retriever.html#_bytes",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._chance_is_left_alone": (
+                "core/check_retriever.html#_chance_is_left_alone",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._close": (
+                "core/check_retriever.html#_close",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._damage_is_refused": (
+                "core/check_retriever.html#_damage_is_refused",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._dropping": (
+                "core/check_retriever.html#_dropping",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._duplicates_score_the_same": (
+                "core/check_retriever.html#_duplicates_score_the_same",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._harm": (
+                "core/check_retriever.html#_harm",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._more_than_there_are": (
+                "core/check_retriever.html#_more_than_there_are",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._needs": (
+                "core/check_retriever.html#_needs",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._nothing_goes_online": (
+                "core/check_retriever.html#_nothing_goes_online",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._nothing_is_pickled": (
+                "core/check_retriever.html#_nothing_is_pickled",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._odd_texts_do_no_harm": (
+                "core/check_retriever.html#_odd_texts_do_no_harm",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._offline": (
+                "core/check_retriever.html#_offline",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._one_passage_is_a_corpus": (
+                "core/check_retriever.html#_one_passage_is_a_corpus",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._options_change_nothing": (
+                "core/check_retriever.html#_options_change_nothing",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._order_of_passages_does_not_matter": (
+                "core/check_retriever.html#_order_of_passages_does_not_matter",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._queries_do_not_meet": (
+                "core/check_retriever.html#_queries_do_not_meet",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._refused": (
+                "core/check_retriever.html#_refused",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._reranked_by_what_is_shown": (
+                "core/check_retriever.html#_reranked_by_what_is_shown",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._saved_and_loaded_is_the_same": (
+                "core/check_retriever.html#_saved_and_loaded_is_the_same",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._scores_are_the_definition": (
+                "core/check_retriever.html#_scores_are_the_definition",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._tables": (
+                "core/check_retriever.html#_tables",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._threads_change_nothing": (
+                "core/check_retriever.html#_threads_change_nothing",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._ties_go_to_the_lower_number": (
+                "core/check_retriever.html#_ties_go_to_the_lower_number",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._training_does_not_leak": (
+                "core/check_retriever.html#_training_does_not_leak",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._what_does_not_fit_is_refused": (
+                "core/check_retriever.html#_what_does_not_fit_is_refused",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever._wrong_arguments_are_refused": (
+                "core/check_retriever.html#_wrong_arguments_are_refused",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever.check_retriever": (
+                "core/check_retriever.html#check_retriever",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever.found": (
+                "core/check_retriever.html#found",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever.same_answer": (
+                "core/check_retriever.html#same_answer",
+                "lmlab/core/check_retriever.py",
+            ),
+            "lmlab.core.check_retriever.small_corpus": (
+                "core/check_retriever.html#small_corpus",
+                "lmlab/core/check_retriever.py",
+            ),
+        },
         "lmlab.core.compat": {
             "lmlab.core.compat.GrowingLayer": ("core/compat.html#growinglayer", "lmlab/core/compat.py"),
             "lmlab.core.compat.GrowingLayer.__init__": (
@@ -3500,6 +3820,1158 @@ d = {
                 "distillation/dpkd.html#unrepeated",
                 "lmlab/distillation/dpkd.py",
             ),
+        },
+        "lmlab.prompting.common": {
+            "lmlab.prompting.common.ChatError": (
+                "prompting/common.html#chaterror",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.ChatError.__init__": (
+                "prompting/common.html#chaterror.__init__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Constant": (
+                "prompting/common.html#constant",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Echo": ("prompting/common.html#echo", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common.Flaky": ("prompting/common.html#flaky", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common.LocalChat": (
+                "prompting/common.html#localchat",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.LocalChat.__call__": (
+                "prompting/common.html#localchat.__call__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.LocalChat.__init__": (
+                "prompting/common.html#localchat.__init__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.LocalChat._generate": (
+                "prompting/common.html#localchat._generate",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.LocalChat._reply": (
+                "prompting/common.html#localchat._reply",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.LocalChat.encode": (
+                "prompting/common.html#localchat.encode",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.LocalChat.many": (
+                "prompting/common.html#localchat.many",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.LocalChat.prompt": (
+                "prompting/common.html#localchat.prompt",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Reply": ("prompting/common.html#reply", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common.Reply.__new__": (
+                "prompting/common.html#reply.__new__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report": ("prompting/common.html#report", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common.Report.__repr__": (
+                "prompting/common.html#report.__repr__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report._repr_markdown_": (
+                "prompting/common.html#report._repr_markdown_",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.accuracy": (
+                "prompting/common.html#report.accuracy",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.answered": (
+                "prompting/common.html#report.answered",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.cost": (
+                "prompting/common.html#report.cost",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.cut_rate": (
+                "prompting/common.html#report.cut_rate",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.dataset": (
+                "prompting/common.html#report.dataset",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.errors": (
+                "prompting/common.html#report.errors",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.failures": (
+                "prompting/common.html#report.failures",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.groups": (
+                "prompting/common.html#report.groups",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.interval": (
+                "prompting/common.html#report.interval",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.items": (
+                "prompting/common.html#report.items",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.mean": (
+                "prompting/common.html#report.mean",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.of": (
+                "prompting/common.html#report.of",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.outcome": (
+                "prompting/common.html#report.outcome",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.parse_failure_rate": (
+                "prompting/common.html#report.parse_failure_rate",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.scores": (
+                "prompting/common.html#report.scores",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.summary": (
+                "prompting/common.html#report.summary",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.table": (
+                "prompting/common.html#report.table",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.tokens": (
+                "prompting/common.html#report.tokens",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Report.total": (
+                "prompting/common.html#report.total",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Scripted": (
+                "prompting/common.html#scripted",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Scripted.__call__": (
+                "prompting/common.html#scripted.__call__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Scripted.__init__": (
+                "prompting/common.html#scripted.__init__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.ServerChat": (
+                "prompting/common.html#serverchat",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.ServerChat.__call__": (
+                "prompting/common.html#serverchat.__call__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.ServerChat.__init__": (
+                "prompting/common.html#serverchat.__init__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.ServerChat.__repr__": (
+                "prompting/common.html#serverchat.__repr__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.ServerChat._count": (
+                "prompting/common.html#serverchat._count",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.ServerChat._failed": (
+                "prompting/common.html#serverchat._failed",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.ServerChat._pause": (
+                "prompting/common.html#serverchat._pause",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.ServerChat._post": (
+                "prompting/common.html#serverchat._post",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.ServerChat._reply": (
+                "prompting/common.html#serverchat._reply",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Transcript": (
+                "prompting/common.html#transcript",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Transcript.__init__": (
+                "prompting/common.html#transcript.__init__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Transcript._check": (
+                "prompting/common.html#transcript._check",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Transcript._open": (
+                "prompting/common.html#transcript._open",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Transcript._write": (
+                "prompting/common.html#transcript._write",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Transcript.add": (
+                "prompting/common.html#transcript.add",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.Transcript.close": (
+                "prompting/common.html#transcript.close",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._Again": ("prompting/common.html#_again", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._Again.__init__": (
+                "prompting/common.html#_again.__init__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._Lost": ("prompting/common.html#_lost", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._Stay": ("prompting/common.html#_stay", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._Stay.redirect_request": (
+                "prompting/common.html#_stay.redirect_request",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._allowed": (
+                "prompting/common.html#_allowed",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._ask": ("prompting/common.html#_ask", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._ask_all": (
+                "prompting/common.html#_ask_all",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._at_once": (
+                "prompting/common.html#_at_once",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._bar": ("prompting/common.html#_bar", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._digest": ("prompting/common.html#_digest", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._fingerprint": (
+                "prompting/common.html#_fingerprint",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._first": ("prompting/common.html#_first", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._graded": ("prompting/common.html#_graded", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._host_only": (
+                "prompting/common.html#_host_only",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._in_batches": (
+                "prompting/common.html#_in_batches",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._in_threads": (
+                "prompting/common.html#_in_threads",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._index": ("prompting/common.html#_index", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._jobs": ("prompting/common.html#_jobs", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._keywords": (
+                "prompting/common.html#_keywords",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._load": ("prompting/common.html#_load", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._mean": ("prompting/common.html#_mean", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._message": (
+                "prompting/common.html#_message",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._name": ("prompting/common.html#_name", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._number": ("prompting/common.html#_number", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._numbers": (
+                "prompting/common.html#_numbers",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._plain": ("prompting/common.html#_plain", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._raise": ("prompting/common.html#_raise", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._read": ("prompting/common.html#_read", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._read_choice": (
+                "prompting/common.html#_read_choice",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._read_pattern": (
+                "prompting/common.html#_read_pattern",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._reader": ("prompting/common.html#_reader", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._record": ("prompting/common.html#_record", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._refuse": ("prompting/common.html#_refuse", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._retry_after": (
+                "prompting/common.html#_retry_after",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._rows": ("prompting/common.html#_rows", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._sampling": (
+                "prompting/common.html#_sampling",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._sentence": (
+                "prompting/common.html#_sentence",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._stopper": (
+                "prompting/common.html#_stopper",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common._tokens": ("prompting/common.html#_tokens", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common._whole": ("prompting/common.html#_whole", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common.announced": (
+                "prompting/common.html#announced",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.compare": ("prompting/common.html#compare", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common.contracts": (
+                "prompting/common.html#contracts",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.evaluate": (
+                "prompting/common.html#evaluate",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.final_answer": (
+                "prompting/common.html#final_answer",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.grade": ("prompting/common.html#grade", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common.majority": (
+                "prompting/common.html#majority",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.majority.__call__": (
+                "prompting/common.html#majority.__call__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.majority.__init__": (
+                "prompting/common.html#majority.__init__",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.majority._goes_on": (
+                "prompting/common.html#majority._goes_on",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.majority._many": (
+                "prompting/common.html#majority._many",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.majority._vote": (
+                "prompting/common.html#majority._vote",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.make_tasks": (
+                "prompting/common.html#make_tasks",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.messages_of": (
+                "prompting/common.html#messages_of",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.name_of": ("prompting/common.html#name_of", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common.plain_text": (
+                "prompting/common.html#plain_text",
+                "lmlab/prompting/common.py",
+            ),
+            "lmlab.prompting.common.prompt": ("prompting/common.html#prompt", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common.run": ("prompting/common.html#run", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common.solve": ("prompting/common.html#solve", "lmlab/prompting/common.py"),
+            "lmlab.prompting.common.wilson": ("prompting/common.html#wilson", "lmlab/prompting/common.py"),
+        },
+        "lmlab.prompting.visualization_of_thought": {
+            "lmlab.prompting.visualization_of_thought.Seeing": (
+                "prompting/visualization_of_thought.html#seeing",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.Seeing.__call__": (
+                "prompting/visualization_of_thought.html#seeing.__call__",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.Seeing.__init__": (
+                "prompting/visualization_of_thought.html#seeing.__init__",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.TraceBatches": (
+                "prompting/visualization_of_thought.html#tracebatches",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.TraceBatches.__getitem__": (
+                "prompting/visualization_of_thought.html#tracebatches.__getitem__",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.TraceBatches.__init__": (
+                "prompting/visualization_of_thought.html#tracebatches.__init__",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.TraceBatches.__len__": (
+                "prompting/visualization_of_thought.html#tracebatches.__len__",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.accurate": (
+                "prompting/visualization_of_thought.html#accurate",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.ahead": (
+                "prompting/visualization_of_thought.html#ahead",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.as_tuple": (
+                "prompting/visualization_of_thought.html#as_tuple",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.box": (
+                "prompting/visualization_of_thought.html#box",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.canonical": (
+                "prompting/visualization_of_thought.html#canonical",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.checked": (
+                "prompting/visualization_of_thought.html#checked",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.completing": (
+                "prompting/visualization_of_thought.html#completing",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.contracts": (
+                "prompting/visualization_of_thought.html#contracts",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.copies": (
+                "prompting/visualization_of_thought.html#copies",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.decode": (
+                "prompting/visualization_of_thought.html#decode",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.directions": (
+                "prompting/visualization_of_thought.html#directions",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.distractors": (
+                "prompting/visualization_of_thought.html#distractors",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.drawings": (
+                "prompting/visualization_of_thought.html#drawings",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.drawn_option": (
+                "prompting/visualization_of_thought.html#drawn_option",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.dress": (
+                "prompting/visualization_of_thought.html#dress",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.evaluate": (
+                "prompting/visualization_of_thought.html#evaluate",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.examine": (
+                "prompting/visualization_of_thought.html#examine",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.fillings": (
+                "prompting/visualization_of_thought.html#fillings",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.find_square": (
+                "prompting/visualization_of_thought.html#find_square",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.grade": (
+                "prompting/visualization_of_thought.html#grade",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.graded": (
+                "prompting/visualization_of_thought.html#graded",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.holes": (
+                "prompting/visualization_of_thought.html#holes",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.image": (
+                "prompting/visualization_of_thought.html#image",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.keeps": (
+                "prompting/visualization_of_thought.html#keeps",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.lay": (
+                "prompting/visualization_of_thought.html#lay",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.make_tasks": (
+                "prompting/visualization_of_thought.html#make_tasks",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.maps": (
+                "prompting/visualization_of_thought.html#maps",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.marked": (
+                "prompting/visualization_of_thought.html#marked",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.moves_in": (
+                "prompting/visualization_of_thought.html#moves_in",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.name_grid": (
+                "prompting/visualization_of_thought.html#name_grid",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.named": (
+                "prompting/visualization_of_thought.html#named",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.navigation_items": (
+                "prompting/visualization_of_thought.html#navigation_items",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.option": (
+                "prompting/visualization_of_thought.html#option",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.parts": (
+                "prompting/visualization_of_thought.html#parts",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.picture_of": (
+                "prompting/visualization_of_thought.html#picture_of",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.placements": (
+                "prompting/visualization_of_thought.html#placements",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.png": (
+                "prompting/visualization_of_thought.html#png",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.prompt": (
+                "prompting/visualization_of_thought.html#prompt",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.route_states": (
+                "prompting/visualization_of_thought.html#route_states",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.shows": (
+                "prompting/visualization_of_thought.html#shows",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.slide": (
+                "prompting/visualization_of_thought.html#slide",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.small_model": (
+                "prompting/visualization_of_thought.html#small_model",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.small_walks": (
+                "prompting/visualization_of_thought.html#small_walks",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.snake": (
+                "prompting/visualization_of_thought.html#snake",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.solve": (
+                "prompting/visualization_of_thought.html#solve",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.tiling_items": (
+                "prompting/visualization_of_thought.html#tiling_items",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.trace_ids": (
+                "prompting/visualization_of_thought.html#trace_ids",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.track": (
+                "prompting/visualization_of_thought.html#track",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.tracking": (
+                "prompting/visualization_of_thought.html#tracking",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.turnings": (
+                "prompting/visualization_of_thought.html#turnings",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.unmark": (
+                "prompting/visualization_of_thought.html#unmark",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.variations": (
+                "prompting/visualization_of_thought.html#variations",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.walk": (
+                "prompting/visualization_of_thought.html#walk",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.word_items": (
+                "prompting/visualization_of_thought.html#word_items",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+            "lmlab.prompting.visualization_of_thought.words_only": (
+                "prompting/visualization_of_thought.html#words_only",
+                "lmlab/prompting/visualization_of_thought.py",
+            ),
+        },
+        "lmlab.retrieval.common": {
+            "lmlab.retrieval.common.BinaryTokenIndex": (
+                "retrieval/common.html#binarytokenindex",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.__init__": (
+                "retrieval/common.html#binarytokenindex.__init__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.__len__": (
+                "retrieval/common.html#binarytokenindex.__len__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex._made": (
+                "retrieval/common.html#binarytokenindex._made",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex._pieces": (
+                "retrieval/common.html#binarytokenindex._pieces",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex._say_empty": (
+                "retrieval/common.html#binarytokenindex._say_empty",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.add": (
+                "retrieval/common.html#binarytokenindex.add",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.build": (
+                "retrieval/common.html#binarytokenindex.build",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.check": (
+                "retrieval/common.html#binarytokenindex.check",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.load": (
+                "retrieval/common.html#binarytokenindex.load",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.merge": (
+                "retrieval/common.html#binarytokenindex.merge",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.nbytes": (
+                "retrieval/common.html#binarytokenindex.nbytes",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.save": (
+                "retrieval/common.html#binarytokenindex.save",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.search": (
+                "retrieval/common.html#binarytokenindex.search",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.shift": (
+                "retrieval/common.html#binarytokenindex.shift",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.tokens": (
+                "retrieval/common.html#binarytokenindex.tokens",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.BinaryTokenIndex.width": (
+                "retrieval/common.html#binarytokenindex.width",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.Bm25": ("retrieval/common.html#bm25", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common.Bm25.__init__": (
+                "retrieval/common.html#bm25.__init__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.Bm25.__len__": (
+                "retrieval/common.html#bm25.__len__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.Bm25._words": (
+                "retrieval/common.html#bm25._words",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.Bm25.scores": (
+                "retrieval/common.html#bm25.scores",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.Bm25.search": (
+                "retrieval/common.html#bm25.search",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.DenseEncoder": (
+                "retrieval/common.html#denseencoder",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.DenseEncoder.__init__": (
+                "retrieval/common.html#denseencoder.__init__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.DenseEncoder.encode": (
+                "retrieval/common.html#denseencoder.encode",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex": (
+                "retrieval/common.html#embeddingindex",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex.__init__": (
+                "retrieval/common.html#embeddingindex.__init__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex.__len__": (
+                "retrieval/common.html#embeddingindex.__len__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex._by_faiss": (
+                "retrieval/common.html#embeddingindex._by_faiss",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex._filled": (
+                "retrieval/common.html#embeddingindex._filled",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex.add": (
+                "retrieval/common.html#embeddingindex.add",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex.build": (
+                "retrieval/common.html#embeddingindex.build",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex.load": (
+                "retrieval/common.html#embeddingindex.load",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex.nbytes": (
+                "retrieval/common.html#embeddingindex.nbytes",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex.save": (
+                "retrieval/common.html#embeddingindex.save",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex.search": (
+                "retrieval/common.html#embeddingindex.search",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.EmbeddingIndex.width": (
+                "retrieval/common.html#embeddingindex.width",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.Hits": ("retrieval/common.html#hits", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common.Hits.__len__": (
+                "retrieval/common.html#hits.__len__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.Hits.__post_init__": (
+                "retrieval/common.html#hits.__post_init__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.Hits.none": (
+                "retrieval/common.html#hits.none",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.Hits.top": (
+                "retrieval/common.html#hits.top",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.TokenSets": (
+                "retrieval/common.html#tokensets",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.TokenSets.__call__": (
+                "retrieval/common.html#tokensets.__call__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.TokenSets.__init__": (
+                "retrieval/common.html#tokensets.__init__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.TokenSets._ids": (
+                "retrieval/common.html#tokensets._ids",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.TokenSets._marked": (
+                "retrieval/common.html#tokensets._marked",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Builder": (
+                "retrieval/common.html#_builder",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Builder.__init__": (
+                "retrieval/common.html#_builder.__init__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Builder._write": (
+                "retrieval/common.html#_builder._write",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Builder.add": (
+                "retrieval/common.html#_builder.add",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Builder.close": (
+                "retrieval/common.html#_builder.close",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Builder.done": (
+                "retrieval/common.html#_builder.done",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Builder.drop": (
+                "retrieval/common.html#_builder.drop",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Builder.resume": (
+                "retrieval/common.html#_builder.resume",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Pool": ("retrieval/common.html#_pool", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._Pool.__init__": (
+                "retrieval/common.html#_pool.__init__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Pool.pair": (
+                "retrieval/common.html#_pool.pair",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Pool.passage": (
+                "retrieval/common.html#_pool.passage",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Sink": ("retrieval/common.html#_sink", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._Sink.__init__": (
+                "retrieval/common.html#_sink.__init__",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Sink.done": (
+                "retrieval/common.html#_sink.done",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Sink.drop": (
+                "retrieval/common.html#_sink.drop",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._Sink.write": (
+                "retrieval/common.html#_sink.write",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._begin": ("retrieval/common.html#_begin", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._beir": ("retrieval/common.html#_beir", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._beir_folder": (
+                "retrieval/common.html#_beir_folder",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._beir_hub": (
+                "retrieval/common.html#_beir_hub",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._checked": (
+                "retrieval/common.html#_checked",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._digest": ("retrieval/common.html#_digest", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._do": ("retrieval/common.html#_do", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._json": ("retrieval/common.html#_json", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._library": (
+                "retrieval/common.html#_library",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._lists": ("retrieval/common.html#_lists", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._mapped": ("retrieval/common.html#_mapped", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._material": (
+                "retrieval/common.html#_material",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._nq": ("retrieval/common.html#_nq", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._ours": ("retrieval/common.html#_ours", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._pool": ("retrieval/common.html#_pool", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._rows_of_texts": (
+                "retrieval/common.html#_rows_of_texts",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._searched": (
+                "retrieval/common.html#_searched",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._signed": ("retrieval/common.html#_signed", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._sliced": ("retrieval/common.html#_sliced", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._splits": ("retrieval/common.html#_splits", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._squad": ("retrieval/common.html#_squad", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._stdlib": ("retrieval/common.html#_stdlib", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._table": ("retrieval/common.html#_table", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common._vocab_case": (
+                "retrieval/common.html#_vocab_case",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._vocab_max": (
+                "retrieval/common.html#_vocab_max",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common._vocab_table": (
+                "retrieval/common.html#_vocab_table",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.as_queries": (
+                "retrieval/common.html#as_queries",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.check_shift": (
+                "retrieval/common.html#check_shift",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.chunks": ("retrieval/common.html#chunks", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common.contracts": (
+                "retrieval/common.html#contracts",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.data_file": (
+                "retrieval/common.html#data_file",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.evaluate": (
+                "retrieval/common.html#evaluate",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.fingerprint": (
+                "retrieval/common.html#fingerprint",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.hard_negatives": (
+                "retrieval/common.html#hard_negatives",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.idf": ("retrieval/common.html#idf", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common.in_order": (
+                "retrieval/common.html#in_order",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.latency": ("retrieval/common.html#latency", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common.minilm": ("retrieval/common.html#minilm", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common.mixed_passages": (
+                "retrieval/common.html#mixed_passages",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.qa": ("retrieval/common.html#qa", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common.queries_like": (
+                "retrieval/common.html#queries_like",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.read_index": (
+                "retrieval/common.html#read_index",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.rerank": ("retrieval/common.html#rerank", "lmlab/retrieval/common.py"),
+            "lmlab.retrieval.common.wordwise": (
+                "retrieval/common.html#wordwise",
+                "lmlab/retrieval/common.py",
+            ),
+            "lmlab.retrieval.common.write_index": (
+                "retrieval/common.html#write_index",
+                "lmlab/retrieval/common.py",
+            ),
+        },
+        "lmlab.retrieval.svdr": {
+            "lmlab.retrieval.svdr.SVDRConfig": ("retrieval/svdr.html#svdrconfig", "lmlab/retrieval/svdr.py"),
+            "lmlab.retrieval.svdr.SVDRConfig.__post_init__": (
+                "retrieval/svdr.html#svdrconfig.__post_init__",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRConfig.validate_architecture": (
+                "retrieval/svdr.html#svdrconfig.validate_architecture",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRConfig.width": (
+                "retrieval/svdr.html#svdrconfig.width",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDREncoder": (
+                "retrieval/svdr.html#svdrencoder",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDREncoder.__init__": (
+                "retrieval/svdr.html#svdrencoder.__init__",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDREncoder._checked": (
+                "retrieval/svdr.html#svdrencoder._checked",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDREncoder.bot": (
+                "retrieval/svdr.html#svdrencoder.bot",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDREncoder.encode": (
+                "retrieval/svdr.html#svdrencoder.encode",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDREncoder.explain": (
+                "retrieval/svdr.html#svdrencoder.explain",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDREncoder.forward": (
+                "retrieval/svdr.html#svdrencoder.forward",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDREncoder.from_pretrained": (
+                "retrieval/svdr.html#svdrencoder.from_pretrained",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDREncoder.pieces": (
+                "retrieval/svdr.html#svdrencoder.pieces",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDREncoder.save_pretrained": (
+                "retrieval/svdr.html#svdrencoder.save_pretrained",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDREncoder.tokenize": (
+                "retrieval/svdr.html#svdrencoder.tokenize",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever": (
+                "retrieval/svdr.html#svdrretriever",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.__init__": (
+                "retrieval/svdr.html#svdrretriever.__init__",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.binary_index": (
+                "retrieval/svdr.html#svdrretriever.binary_index",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.check": (
+                "retrieval/svdr.html#svdrretriever.check",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.embedding_index": (
+                "retrieval/svdr.html#svdrretriever.embedding_index",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.encode": (
+                "retrieval/svdr.html#svdrretriever.encode",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.encode_queries": (
+                "retrieval/svdr.html#svdrretriever.encode_queries",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.encoder_p": (
+                "retrieval/svdr.html#svdrretriever.encoder_p",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.explain": (
+                "retrieval/svdr.html#svdrretriever.explain",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.forward": (
+                "retrieval/svdr.html#svdrretriever.forward",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.from_pretrained": (
+                "retrieval/svdr.html#svdrretriever.from_pretrained",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.save_pretrained": (
+                "retrieval/svdr.html#svdrretriever.save_pretrained",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.search": (
+                "retrieval/svdr.html#svdrretriever.search",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetriever.tokenizer": (
+                "retrieval/svdr.html#svdrretriever.tokenizer",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetrieverConfig": (
+                "retrieval/svdr.html#svdrretrieverconfig",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetrieverConfig.__post_init__": (
+                "retrieval/svdr.html#svdrretrieverconfig.__post_init__",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetrieverConfig.shared": (
+                "retrieval/svdr.html#svdrretrieverconfig.shared",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.SVDRRetrieverConfig.validate_architecture": (
+                "retrieval/svdr.html#svdrretrieverconfig.validate_architecture",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.Triples": ("retrieval/svdr.html#triples", "lmlab/retrieval/svdr.py"),
+            "lmlab.retrieval.svdr.Triples.__getitem__": (
+                "retrieval/svdr.html#triples.__getitem__",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.Triples.__init__": (
+                "retrieval/svdr.html#triples.__init__",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.Triples.__len__": (
+                "retrieval/svdr.html#triples.__len__",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.Triples.collate": (
+                "retrieval/svdr.html#triples.collate",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.across": ("retrieval/svdr.html#across", "lmlab/retrieval/svdr.py"),
+            "lmlab.retrieval.svdr.as_texts": ("retrieval/svdr.html#as_texts", "lmlab/retrieval/svdr.py"),
+            "lmlab.retrieval.svdr.bag_of_tokens": (
+                "retrieval/svdr.html#bag_of_tokens",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.contracts": ("retrieval/svdr.html#contracts", "lmlab/retrieval/svdr.py"),
+            "lmlab.retrieval.svdr.elu1p": ("retrieval/svdr.html#elu1p", "lmlab/retrieval/svdr.py"),
+            "lmlab.retrieval.svdr.late": ("retrieval/svdr.html#late", "lmlab/retrieval/svdr.py"),
+            "lmlab.retrieval.svdr.mine": ("retrieval/svdr.html#mine", "lmlab/retrieval/svdr.py"),
+            "lmlab.retrieval.svdr.pool_mean": ("retrieval/svdr.html#pool_mean", "lmlab/retrieval/svdr.py"),
+            "lmlab.retrieval.svdr.semi_parametric_loss": (
+                "retrieval/svdr.html#semi_parametric_loss",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.sparsify": ("retrieval/svdr.html#sparsify", "lmlab/retrieval/svdr.py"),
+            "lmlab.retrieval.svdr.symmetric_nll": (
+                "retrieval/svdr.html#symmetric_nll",
+                "lmlab/retrieval/svdr.py",
+            ),
+            "lmlab.retrieval.svdr.train": ("retrieval/svdr.html#train", "lmlab/retrieval/svdr.py"),
+            "lmlab.retrieval.svdr.unseen": ("retrieval/svdr.html#unseen", "lmlab/retrieval/svdr.py"),
         },
     },
 }
