@@ -89,7 +89,7 @@ __all__ = [
     "contracts",
 ]
 
-# %% ../../nbs/prompting/visualization_of_thought.ipynb #08071160
+# %% ../../nbs/prompting/visualization_of_thought.ipynb #8c249cf6
 import base64
 import io
 import itertools
