@@ -390,7 +390,7 @@ def write_index(
         if not (
             path.exists()
             and path.stat().st_size == array.nbytes
-            and path.stem.endswith(_digest(np.fromfile(path, np.uint8)))
+            and path.stem.endswith(_digest(_mapped(path, np.uint8, (array.nbytes,))))
         ):
             sink = _Sink(name, array.dtype, folder)
             try:
