@@ -43,6 +43,8 @@ __all__ = [
     "Crops",
     "codec_loss",
     "train_codec",
+    "in_batches",
+    "through",
     "si_sdr",
     "repeat_rate",
     "codec_report",
@@ -62,7 +64,6 @@ __all__ = [
     "kit_data",
     "kit_source",
     "speech_kit",
-    "through",
     "kit_report",
     "non_termination",
     "real_time_factor",
@@ -82,6 +83,7 @@ import sys
 import tempfile
 import warnings
 import wave as wavefile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -854,10 +856,10 @@ def log_mel(
     return mel[:, : -(-x.shape[-1] // hop)].clamp_min(1e-5).log10().reshape(*x.shape[:-1], -1, bins)
 
 
-# %% ../../nbs/speech/common.ipynb #9d2423c3
+# %% ../../nbs/speech/common.ipynb #369783d5
 def codec_config(
     rate: int = 8000,  # Hz
-    ratios: tuple = (8, 5, 4),  # their product is the hop: 160 samples, 50 frames a second
+    ratios: tuple = (4, 5, 8),  # their product is the hop: 160 samples, 50 frames a second
     codebooks: int = 8,
     size: int = 256,  # entries of a codebook, a power of 2
     **overrides,  # any field of `EncodecConfig`
@@ -1073,7 +1075,7 @@ def fit_codebooks(
         z = z - centres[idx]
 
 
-# %% ../../nbs/speech/common.ipynb #89c123cf
+# %% ../../nbs/speech/common.ipynb #99520051
 def spectral_loss(
     got: Tensor,  # b n
     want: Tensor,  # b n
@@ -1139,7 +1141,7 @@ def train_codec(
     batch_size: int = 16,
     seconds: float = 0.48,  # of a piece
     lr: float = 3e-3,
-    first: float = 0.3,  # share of the steps that learn to copy, before there are codebooks
+    first: float = 0.3,  # share of the steps that learn to copy, before there are codebooks; 1: the codebooks are k-means and no more
     seed: int = 0,
     progress: bool = True,
 ) -> Codec:
@@ -1181,7 +1183,33 @@ def train_codec(
     return Codec(model)
 
 
-# %% ../../nbs/speech/common.ipynb #1985bd49
+# %% ../../nbs/speech/common.ipynb #ca0ab221
+def in_batches(
+    f: Callable,  # list -> list of as many
+    items: list,
+    key: Callable = len,  # items of about equal length go together
+    size: int = 32,
+) -> list:
+    "A function of a batch, over many, in their order"
+    out, order = [None] * len(items), sorted(range(len(items)), key=lambda i: key(items[i]))
+    for k in range(0, len(order), size):
+        some = order[k : k + size]
+        for i, o in zip(some, f([items[i] for i in some]), strict=True):
+            out[i] = o
+    return out
+
+
+def through(
+    codec: Codec,
+    ds,  # a speech dataset
+) -> list:  # of waveforms, each as long as the original
+    "Speech as the codec gives it back"
+    sound = waves(ds, codec.sampling_rate)
+    back = in_batches(codec.decode, in_batches(codec.encode, sound))
+    return [y[: len(x)] for x, y in zip(sound, back, strict=True)]
+
+
+# %% ../../nbs/speech/common.ipynb #ae3d07fa
 def si_sdr(
     got: Tensor,  # n
     want: Tensor,  # n
@@ -1210,11 +1238,13 @@ def repeat_rate(
 def codec_report(
     codec: Codec,
     ds,  # held-out speech
+    codes: list = None,  # of its rows, if they are known
+    back: list = None,  # and their waveforms
 ) -> dict:
     "How good and how expensive a codec is"
     sound = waves(ds, codec.sampling_rate)
-    codes = codec.encode(sound)
-    back = codec.decode(codes)
+    codes = codes or in_batches(codec.encode, sound)
+    back = back or in_batches(codec.decode, codes)
     cut = lambda a, b: (a[: len(b)], b[: len(a)])
     mels = [
         (log_mel(a, codec.sampling_rate) - log_mel(b, codec.sampling_rate)).abs().mean().item()
@@ -1238,7 +1268,7 @@ def codec_report(
     }
 
 
-# %% ../../nbs/speech/common.ipynb #26b6c9cb
+# %% ../../nbs/speech/common.ipynb #4d26b32e
 @strict
 class RecogniserConfig(StrictConfig):
     "A CTC recogniser of a closed vocabulary"
@@ -1248,6 +1278,12 @@ class RecogniserConfig(StrictConfig):
     bins: int = 40
     hop: int = 80  # samples; the output has a frame for every two
     hidden_size: int = 96
+    dilations: list[int] | tuple[int, ...] = (
+        1,
+        2,
+        4,
+        8,
+    )  # of the residual convolutions: each output hears 0.6 s on both sides
     vocabulary: list[str] | tuple[str, ...] = DIGITS  # words, or characters
     unit: str = "word"  # or "character"
 
@@ -1272,7 +1308,7 @@ def normalised(
 
 
 class Recogniser(PreTrainedModel):
-    "Log-mel frames, two convolutions, a GRU in both directions, CTC; padding changes nothing"
+    "Log-mel frames, two convolutions, residual convolutions that reach further and further, CTC; padding changes nothing"
 
     config: RecogniserConfig
     main_input_name = "input_values"
@@ -1284,8 +1320,9 @@ class Recogniser(PreTrainedModel):
             [nn.Conv1d(config.bins, d, 5, padding=2), nn.Conv1d(d, d, 5, stride=2, padding=2)]
         )
         self.norm = nn.ModuleList([nn.LayerNorm(d), nn.LayerNorm(d)])
-        self.rnn = nn.GRU(d, d, batch_first=True, bidirectional=True)
-        self.head = nn.Linear(2 * d, len(config.vocabulary) + 1)  # the last is the blank
+        self.deep = nn.ModuleList([nn.Conv1d(d, d, 5, padding=2 * k, dilation=k) for k in config.dilations])
+        self.deep_norm = nn.ModuleList([nn.LayerNorm(d) for _ in config.dilations])
+        self.head = nn.Linear(d, len(config.vocabulary) + 1)  # the last is the blank
         self.post_init()
 
     def forward(
@@ -1306,10 +1343,9 @@ class Recogniser(PreTrainedModel):
             n = (n - 1) // conv.stride[0] + 1
             x = F.gelu(norm(conv(x.transpose(1, 2)).transpose(1, 2)))
             x = x * _mask(n, x.shape[1])[..., None]
-        packed = nn.utils.rnn.pack_padded_sequence(x, n.cpu(), batch_first=True, enforce_sorted=False)
-        x, _ = nn.utils.rnn.pad_packed_sequence(
-            self.rnn(packed)[0], batch_first=True, total_length=x.shape[1]
-        )
+        keep = _mask(n, x.shape[1])[..., None]
+        for conv, norm in zip(self.deep, self.deep_norm, strict=True):
+            x = x + F.gelu(conv(norm(x).mul(keep).transpose(1, 2)).transpose(1, 2)) * keep
         logits, loss = self.head(x), None
         if labels is not None:
             keep = labels >= 0
@@ -1365,7 +1401,7 @@ class Recogniser(PreTrainedModel):
 
 def train_recogniser(
     ds,  # a speech dataset
-    extra: list = (),  # the same speech again as other waveforms (through a codec, say): lists of as many
+    again: tuple = None,  # some of its rows, and their waveforms as something else gives them back: a codec
     config=None,  # a RecogniserConfig; None: words of the texts
     *,
     steps: int = 400,
@@ -1382,12 +1418,7 @@ def train_recogniser(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Recogniser(config).train()
-    labels = [torch.tensor(model.labels(t)) for t in ds["text"]]
-    rows = [
-        dict(wave=w, labels=y)
-        for sound in (waves(ds, config.sampling_rate), *extra)
-        for w, y in zip(sound, labels, strict=True)
-    ]
+    rows = [dict(wave=w, labels=model.labels(t)) for w, t in _both(ds, again, "text", config.sampling_rate)]
     fit(
         model,
         rows,
@@ -1402,6 +1433,12 @@ def train_recogniser(
         weight_decay=0.01,
     )
     return model.eval()
+
+
+def _both(ds, again, column, rate):
+    "Waveforms with what they are labelled by, of the dataset and of what came back"
+    out = list(zip(waves(ds, rate), ds[column], strict=True))
+    return out + (list(zip(again[1], again[0][column], strict=True)) if again else [])
 
 
 def _own(model, batch):
@@ -1495,7 +1532,7 @@ def ctc_align(
     return path, final
 
 
-# %% ../../nbs/speech/common.ipynb #a4e60694
+# %% ../../nbs/speech/common.ipynb #7dc9fd6f
 @strict
 class SpeakerConfig(StrictConfig):
     "A classifier of speakers with a small embedding"
@@ -1580,7 +1617,7 @@ def similarity(
 
 def train_speaker(
     ds,  # a speech dataset
-    extra: list = (),  # the same speech as other waveforms: lists of as many
+    again: tuple = None,  # some of its rows, and their waveforms as a codec gives them back
     config=None,  # a SpeakerConfig
     *,
     steps: int = 300,
@@ -1591,17 +1628,12 @@ def train_speaker(
     progress: bool = True,
 ) -> SpeakerEncoder:
     "Train a speaker encoder on random pieces"
-    names = ds["speaker"][:]
-    config = config or SpeakerConfig(sampling_rate=int(ds["rate"][0]), speakers=sorted(set(names)))
+    config = config or SpeakerConfig(sampling_rate=int(ds["rate"][0]), speakers=sorted(set(ds["speaker"])))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SpeakerEncoder(config).train()
     number_of, size = {s: i for i, s in enumerate(config.speakers)}, round(seconds * config.sampling_rate)
-    rows = [
-        dict(wave=w, labels=number_of[s])
-        for sound in (waves(ds, config.sampling_rate), *extra)
-        for w, s in zip(sound, names, strict=True)
-    ]
+    rows = [dict(wave=w, labels=number_of[s]) for w, s in _both(ds, again, "speaker", config.sampling_rate)]
     rng = np.random.default_rng(seed)
 
     def pieces(batch):
@@ -1650,12 +1682,16 @@ def speaker_reference(
     return dict(same=same.mean().item(), different=different.mean().item(), eer=rate, threshold=threshold)
 
 
-# %% ../../nbs/speech/common.ipynb #86f0e787
+# %% ../../nbs/speech/common.ipynb #e318b25b
 SIZES = dict(
-    smoke=dict(strings=80, synthetic=24, held_out=24, codec=30, recogniser=40, speaker=30),
-    cpu=dict(strings=900, synthetic=300, held_out=120, codec=700, recogniser=400, speaker=300),
+    smoke=dict(strings=40, synthetic=12, held_out=12, codec=8, recogniser=8, speaker=6, again=24, first=1.0),
+    cpu=dict(
+        strings=900, synthetic=300, held_out=120, codec=450, recogniser=500, speaker=300, again=300, first=0.3
+    ),
 )
-SIZES["gpu"] = SIZES["cpu"] | dict(strings=3000, synthetic=1200, codec=6000, recogniser=3000, speaker=1500)
+SIZES["gpu"] = SIZES["cpu"] | dict(
+    strings=3000, synthetic=1200, codec=6000, recogniser=3000, speaker=1500, again=4200
+)
 
 
 @dataclass
@@ -1689,6 +1725,7 @@ def kit_data(
     split: str,
     strings: int,
     synthetic: int,
+    lengths: tuple = (3, 6),  # digits in a string
     seed: int = 0,
 ):
     "Strings of recorded digits and of synthetic ones"
@@ -1696,12 +1733,12 @@ def kit_data(
 
     parts = []
     if source != "espeak":
-        parts.append(digit_strings(speech(source, split, seed=0), strings, seed=seed))
+        parts.append(digit_strings(speech(source, split, limit=3 * strings), strings, lengths, seed=seed))
     if synthetic and (have_espeak() or source == "espeak"):
         parts.append(
-            espeak_strings(synthetic if parts else strings + synthetic, split, seed=seed).select_columns(
-                ["audio", "rate", "text", "speaker", "id"]
-            )
+            espeak_strings(
+                synthetic if parts else strings + synthetic, split, lengths, seed=seed
+            ).select_columns(["audio", "rate", "text", "speaker", "id"])
         )
     return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
@@ -1729,8 +1766,8 @@ def speech_kit(
         refuse("scale", repr(scale), ", ".join(SIZES))
     source = source or kit_source()
     size = SIZES[scale]
-    train = kit_data(source, "train", size["strings"], size["synthetic"], seed)
-    test = kit_data(source, "validation", size["held_out"], size["held_out"], seed + 1)
+    train = kit_data(source, "train", size["strings"], size["synthetic"], (2, 4), seed)
+    test = kit_data(source, "validation", size["held_out"], size["held_out"], (3, 6), seed + 1)
     facts = dict(
         size=size,
         seed=seed,
@@ -1786,39 +1823,24 @@ def _read_kit(place, train, test):
 
 
 def _train_kit(size, train, test, seed, progress):
-    codec = train_codec(train, steps=size["codec"], seed=seed, progress=progress)
-    again = through(codec, train)
-    recogniser = train_recogniser(train, [again], steps=size["recogniser"], seed=seed, progress=progress)
-    speaker = train_speaker(train, [again], steps=size["speaker"], seed=seed, progress=progress)
+    codec = train_codec(train, steps=size["codec"], first=size["first"], seed=seed, progress=progress)
+    some = train.select(np.random.default_rng(seed).permutation(len(train))[: size["again"]])
+    again = (some, through(codec, some))
+    recogniser = train_recogniser(train, again, steps=size["recogniser"], seed=seed, progress=progress)
+    speaker = train_speaker(train, again, steps=size["speaker"], seed=seed, progress=progress)
     kit = SpeechKit(codec, recogniser, speaker, train, test)
     kit.report = kit_report(kit)
     return kit
 
 
-def through(
-    codec: Codec,
-    ds,  # a speech dataset
-    batch_size: int = 32,
-) -> list:  # of waveforms, each as long as the original
-    "Speech as the codec gives it back"
-    sound, out = waves(ds, codec.sampling_rate), []
-    for i in range(0, len(sound), batch_size):
-        some = sound[i : i + batch_size]
-        out += [y[: len(x)] for x, y in zip(some, codec.decode(codec.encode(some)), strict=True)]
-    return out
-
-
 def kit_report(kit: SpeechKit) -> dict:
     "What the kit is worth, on speech that it was not trained on"
-    sound, again, texts, who = (
-        waves(kit.test),
-        through(kit.codec, kit.test),
-        kit.test["text"][:],
-        kit.test["speaker"][:],
-    )
+    sound, texts, who = waves(kit.test), kit.test["text"][:], kit.test["speaker"][:]
+    codes = in_batches(kit.codec.encode, sound)
+    again = in_batches(kit.codec.decode, codes)
     real, codec = (word_errors(texts, kit.recogniser.transcribe(w)) for w in (sound, again))
     return dict(
-        codec=codec_report(kit.codec, kit.test),
+        codec=codec_report(kit.codec, kit.test, codes, again),
         recogniser=dict(real=real, reconstructed=codec),
         speaker=dict(
             real=speaker_reference(kit.speaker, sound, who),
