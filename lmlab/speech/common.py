@@ -1704,9 +1704,9 @@ def speaker_reference(
     return dict(same=same.mean().item(), different=different.mean().item(), eer=rate, threshold=threshold)
 
 
-# %% ../../nbs/speech/common.ipynb #8942347d
+# %% ../../nbs/speech/common.ipynb #3982822f
 SIZES = dict(
-    smoke=dict(strings=40, synthetic=12, held_out=12, codec=8, recogniser=8, speaker=6, again=24, first=1.0),
+    smoke=dict(strings=24, synthetic=8, held_out=8, codec=8, recogniser=8, speaker=6, again=8, first=1.0),
     cpu=dict(
         strings=900, synthetic=300, held_out=120, codec=450, recogniser=500, speaker=300, again=300, first=0.3
     ),
