@@ -1290,7 +1290,7 @@ def codec_report(
     }
 
 
-# %% ../../nbs/speech/common.ipynb #4d26b32e
+# %% ../../nbs/speech/common.ipynb #46e4315a
 @strict
 class RecogniserConfig(StrictConfig):
     "A CTC recogniser of a closed vocabulary"
@@ -1298,14 +1298,14 @@ class RecogniserConfig(StrictConfig):
     model_type = "lmlab_recogniser"
     sampling_rate: int = 8000
     bins: int = 40
-    hop: int = 80  # samples; the output has a frame for every two
+    hop: int = 160  # samples; the output has a frame for every two
     hidden_size: int = 96
     dilations: list[int] | tuple[int, ...] = (
         1,
         2,
         4,
         8,
-    )  # of the residual convolutions: each output hears 0.6 s on both sides
+    )  # of the residual convolutions: each output hears 1.3 s on both sides
     vocabulary: list[str] | tuple[str, ...] = DIGITS  # words, or characters
     unit: str = "word"  # or "character"
 
@@ -1429,10 +1429,11 @@ def train_recogniser(
     steps: int = 400,
     batch_size: int = 24,
     lr: float = 3e-3,
+    first: float = 0.4,  # share of the steps on the tenth of the rows that have fewest labels; CTC finds out on them which sound is which
     seed: int = 0,
     progress: bool = True,
 ) -> Recogniser:
-    "Train a recogniser on speech, and on what a codec makes of it"
+    "Train a recogniser on speech, and on what a codec makes of it: short rows first"
     config = config or RecogniserConfig(
         sampling_rate=int(ds["rate"][0]),
         vocabulary=sorted({w for t in ds["text"] for w in t.lower().split()}),
@@ -1441,10 +1442,9 @@ def train_recogniser(
         torch.manual_seed(seed)
         model = Recogniser(config).train()
     rows = [dict(wave=w, labels=model.labels(t)) for w, t in _both(ds, again, "text", config.sampling_rate)]
-    fit(
-        model,
-        rows,
-        steps=steps,
+    rows.sort(key=lambda r: len(r["labels"]))
+    early = min(steps, math.ceil(first * steps))
+    kw = dict(
         batch_size=batch_size,
         lr=lr,
         collate=_batch,
@@ -1454,6 +1454,11 @@ def train_recogniser(
         progress=progress,
         weight_decay=0.01,
     )
+    if early:
+        easy = sum(len(r["labels"]) <= len(rows[len(rows) // 10]["labels"]) for r in rows)
+        fit(model, rows[:easy], steps=early, schedule="constant", **kw)
+    if steps > early:
+        fit(model, rows, steps=steps - early, **kw)
     return model.eval()
 
 
@@ -1704,7 +1709,7 @@ def speaker_reference(
     return dict(same=same.mean().item(), different=different.mean().item(), eer=rate, threshold=threshold)
 
 
-# %% ../../nbs/speech/common.ipynb #3982822f
+# %% ../../nbs/speech/common.ipynb #0c0488f7
 SIZES = dict(
     smoke=dict(strings=24, synthetic=8, held_out=8, codec=8, recogniser=8, speaker=6, again=8, first=1.0),
     cpu=dict(
@@ -1805,7 +1810,7 @@ def speech_kit(
         refuse("scale", repr(scale), ", ".join(SIZES))
     source = source or kit_source()
     size = SIZES[scale]
-    train = kit_data(source, "train", size["strings"], size["synthetic"], (2, 4), seed)
+    train = kit_data(source, "train", size["strings"], size["synthetic"], (1, 4), seed)
     test = kit_data(source, "validation", size["held_out"], size["held_out"], (3, 6), seed + 1)
     facts = dict(
         size=size,
@@ -1813,7 +1818,7 @@ def speech_kit(
         data=train._fingerprint and _digest(train),
         config=codec_config().to_diff_dict(),
         torch=torch.__version__.split("+")[0],
-        version=1,
+        version=2,
     )
     place = (
         Path(folder or cache_dir() / "speech")
