@@ -1140,7 +1140,7 @@ def _put(conv, change):
     conv.weight = w
 
 
-# %% ../../nbs/speech/common.ipynb #800e2f4c
+# %% ../../nbs/speech/common.ipynb #2870b1fb
 def spectral_loss(
     got: Tensor,  # b n
     want: Tensor,  # b n
@@ -1210,7 +1210,7 @@ def train_codec(
     ds,  # a speech dataset, or a list of waveforms at the codec's rate
     config=None,  # an EncodecConfig; None: `codec_config()`
     *,
-    steps: int = 700,
+    steps: int = 300,
     batch_size: int = 16,
     seconds: float = 0.48,  # of a piece
     lr: float = 1e-3,
@@ -1771,11 +1771,11 @@ def speaker_reference(
     return dict(same=same.mean().item(), different=different.mean().item(), eer=rate, threshold=threshold)
 
 
-# %% ../../nbs/speech/common.ipynb #abea681b
+# %% ../../nbs/speech/common.ipynb #be131e33
 SIZES = dict(
     smoke=dict(strings=24, synthetic=8, held_out=8, codec=8, recogniser=8, speaker=6, again=8, first=1.0),
     cpu=dict(
-        strings=900, synthetic=300, held_out=120, codec=450, recogniser=500, speaker=300, again=300, first=0.3
+        strings=900, synthetic=300, held_out=120, codec=300, recogniser=500, speaker=300, again=300, first=0.3
     ),
 )
 SIZES["gpu"] = SIZES["cpu"] | dict(
