@@ -30,15 +30,15 @@ __all__ = [
     "check_prompt",
     "VallE2Output",
     "VallE2ForTextToSpeech",
-    "VallE2Processor",
     "padded_rows",
-    "register_processor",
-    "best_candidate",
-    "training_rows",
     "text_batch",
     "ar_batch",
     "nar_batch",
     "train",
+    "VallE2Processor",
+    "register_processor",
+    "best_candidate",
+    "training_rows",
     "contracts",
 ]
 
@@ -725,126 +725,7 @@ class VallE2ForTextToSpeech(PreTrainedModel):
 register(VallE2Config, VallE2ForTextToSpeech)
 
 
-# %% ../../nbs/speech/vall_e_2.ipynb #e705e6ef
-class VallE2Processor:
-    "Text to phonemes, recordings to codes, and codes back to sound"
-
-    def __init__(
-        self,
-        tokenizer,  # a `PhonemeTokenizer`
-        codec,  # a `Codec`
-        by_word: bool = True,  # words are spoken one at a time, so that prompt and text can be joined anywhere
-    ):
-        self.tokenizer, self.codec, self.by_word, self.spoken = tokenizer, codec, by_word, {}
-        self.sampling_rate = codec.sampling_rate
-
-    def phonemes(
-        self,
-        text: str,
-    ) -> list:  # of str
-        "What is said, phoneme by phoneme; a pause closes each word"
-        from lmlab.speech.common import phonemes
-
-        if not isinstance(text, str) or not text.strip():
-            refuse("text", repr(text)[:60], "a text that is not empty")
-        parts = text.split() if self.by_word else [text]
-        if new := sorted({p for p in parts} - self.spoken.keys()):
-            self.spoken |= dict(zip(new, phonemes(new, self.tokenizer.voice), strict=True))
-        return [p for part in parts for p in self.spoken[part]]
-
-    def __call__(
-        self,
-        text,  # what to say: a str, or a list of them
-        prompt_text=None,  # what is said in the recording
-        prompt_audio=None,  # n, a waveform, or a list of them
-        sampling_rate: int = None,  # Hz, of the recordings
-        **kw,
-    ):  # input_ids b l, attention_mask b l, and with a recording prompt_codes b t j, prompt_mask b t
-        "The inputs of `generate`"
-        from transformers import BatchFeature
-
-        texts = [text] if isinstance(text, str) else list(text)
-        prompts = (
-            [prompt_text] * len(texts)
-            if prompt_text is None or isinstance(prompt_text, str)
-            else list(prompt_text)
-        )
-        if len(prompts) != len(texts):
-            refuse("prompt_text", f"{len(prompts)} for {len(texts)} texts", "one a text")
-        said = [
-            (self.phonemes(p) if p is not None else []) + self.phonemes(t)
-            for p, t in zip(prompts, texts, strict=True)
-        ]
-        out = dict(self.tokenizer(said, is_split_into_words=True, padding=True, return_tensors="pt"))
-        if prompt_audio is not None:
-            out |= self.encode(prompt_audio, sampling_rate, len(texts))
-        return BatchFeature({k: v for k, v in out.items() if k != "token_type_ids"})
-
-    def encode(self, audio, sampling_rate, rows):
-        "Recordings as codes, one a row; one recording serves all rows"
-        if sampling_rate != self.sampling_rate:
-            refuse("sampling_rate", repr(sampling_rate), f"{self.sampling_rate}, the codec's; resample first")
-        many = isinstance(audio, (list, tuple)) and not isinstance(audio[0], (int, float))
-        audio = list(audio) if many else [audio] * rows
-        if len(audio) != rows:
-            refuse("prompt_audio", f"{len(audio)} recordings for {rows} texts", "one a text, or one for all")
-        codes = self.codec.encode(audio) if many else self.codec.encode(audio[:1]) * rows
-        codes, mask = padded_rows(codes)
-        return dict(prompt_codes=codes, prompt_mask=mask)
-
-    def decode(
-        self,
-        codes,  # b t j, or what `generate` returns
-        lengths: Tensor = None,  # b  frames; None: all
-    ) -> list:  # of waveforms, n_i
-        "Sound"
-        if isinstance(codes, VallE2Output):
-            codes, lengths = codes.codes, codes.lengths
-        lengths = [codes.shape[1]] * len(codes) if lengths is None else lengths.tolist()
-        sound = self.codec.decode([c[: max(1, n)] for c, n in zip(codes, lengths, strict=True)])
-        return [w if n else w[:0] for w, n in zip(sound, lengths, strict=True)]
-
-    batch_decode = decode
-
-    def save_pretrained(
-        self,
-        folder,  # made if missing; a model may be saved into the same one
-        **kw,
-    ):
-        "Tokenizer, codec and settings"
-        from lmlab.core.ledger import write_json
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder)
-        self.codec.save_pretrained(folder / "codec")
-        write_json(
-            folder / "processor_config.json", dict(processor_class=type(self).__name__, by_word=self.by_word)
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name,  # a folder, or a Hub id
-        **kw,
-    ):
-        "Read a processor"
-        from huggingface_hub import snapshot_download
-
-        from lmlab.speech.common import Codec, PhonemeTokenizer
-
-        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name)))
-        try:
-            settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise ValueError(f"name: {folder} holds no processor ({type(e).__name__}: {e})") from e
-        return cls(
-            PhonemeTokenizer.from_pretrained(folder),
-            Codec.from_pretrained(folder / "codec"),
-            settings.get("by_word", True),
-        )
-
-
+# %% ../../nbs/speech/vall_e_2.ipynb #f36e40f7
 def padded_rows(
     rows: list,  # of tensors n_i ...
 ) -> tuple[Tensor, Tensor]:  # b n ..., b n boolean
@@ -853,44 +734,6 @@ def padded_rows(
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True), torch.arange(
         int(lengths.max())
     ) < lengths[:, None]
-
-
-def register_processor():
-    "`AutoProcessor.from_pretrained` finds the processor of a saved model"
-    from transformers import AutoProcessor
-
-    AutoProcessor.register(VallE2Config, VallE2Processor, exist_ok=True)
-
-
-def best_candidate(
-    similarity: Tensor,  # b n  of the voice to the prompt's
-    wer: Tensor,  # b n
-    enough: float = 0.3,  # similar enough: beyond it only the words count
-) -> Tensor:  # b
-    "Which of n draws to keep: the largest [min(SIM, 0.3), 1 − WER] in lexicographic order"
-    s = similarity.clamp(max=enough)
-    return wer.masked_fill(s < s.amax(1, keepdim=True), math.inf).argmin(1)
-
-
-# %% ../../nbs/speech/vall_e_2.ipynb #98169f10
-def training_rows(
-    processor: VallE2Processor,
-    ds,  # a speech dataset: audio, rate, text
-    batch_size: int = 64,
-) -> list:  # of dicts: input_ids l, codes t j (int16)
-    "Transcripts and codes"
-    from lmlab.speech.common import waves
-
-    sound, out = waves(ds, processor.sampling_rate), []
-    said = processor.tokenizer([processor.phonemes(t) for t in ds["text"]], is_split_into_words=True)[
-        "input_ids"
-    ]
-    order = sorted(range(len(sound)), key=lambda i: len(sound[i]))  # neighbours of one length: little padding
-    codes = {}
-    for i in range(0, len(order), batch_size):
-        some = order[i : i + batch_size]
-        codes |= dict(zip(some, processor.codec.encode([sound[j] for j in some]), strict=True))
-    return [dict(input_ids=torch.tensor(t), codes=codes[i].to(torch.int16)) for i, t in enumerate(said)]
 
 
 def text_batch(rows):
@@ -955,6 +798,166 @@ def train(
             weight=lambda b: len(b["codes"]),
         )
     return fit(model, rows, **how)
+
+
+# %% ../../nbs/speech/vall_e_2.ipynb #e705e6ef
+class VallE2Processor:
+    "Text to phonemes, recordings to codes, and codes back to sound"
+
+    def __init__(
+        self,
+        tokenizer,  # a `PhonemeTokenizer`
+        codec,  # a `Codec`
+        by_word: bool = True,  # words are spoken one at a time, so that prompt and text can be joined anywhere
+    ):
+        self.tokenizer, self.codec, self.by_word, self.spoken = tokenizer, codec, by_word, {}
+        self.sampling_rate = codec.sampling_rate
+
+    def phonemes(
+        self,
+        text: str,
+    ) -> list:  # of str
+        "What is said, phoneme by phoneme; a pause closes each word"
+        from lmlab.speech.common import phonemes
+
+        if not isinstance(text, str) or not text.strip():
+            refuse("text", repr(text)[:60], "a text that is not empty")
+        parts = text.split() if self.by_word else [text]
+        if new := sorted({p for p in parts} - self.spoken.keys()):
+            self.spoken |= dict(zip(new, phonemes(new, self.tokenizer.voice), strict=True))
+        return [p for part in parts for p in self.spoken[part]]
+
+    def __call__(
+        self,
+        text,  # what to say: a str, or a list of them
+        prompt_text=None,  # what is said in the recording
+        prompt_audio=None,  # n, a waveform, or a list of them
+        sampling_rate: int = None,  # Hz, of the recordings
+        **kw,
+    ):  # input_ids b l, attention_mask b l, and with a recording prompt_codes b t j, prompt_mask b t
+        "The inputs of `generate`"
+        from transformers import BatchFeature
+
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            refuse("text", "none", "at least one text")
+        prompts = (
+            [prompt_text] * len(texts)
+            if prompt_text is None or isinstance(prompt_text, str)
+            else list(prompt_text)
+        )
+        if len(prompts) != len(texts):
+            refuse("prompt_text", f"{len(prompts)} for {len(texts)} texts", "one a text")
+        said = [
+            (self.phonemes(p) if p is not None else []) + self.phonemes(t)
+            for p, t in zip(prompts, texts, strict=True)
+        ]
+        out = dict(self.tokenizer(said, is_split_into_words=True, padding=True, return_tensors="pt"))
+        if prompt_audio is not None:
+            out |= self.encode(prompt_audio, sampling_rate, len(texts))
+        return BatchFeature({k: v for k, v in out.items() if k != "token_type_ids"})
+
+    def encode(self, audio, sampling_rate, rows):
+        "Recordings as codes, one a row; one recording serves all rows"
+        if sampling_rate != self.sampling_rate:
+            refuse("sampling_rate", repr(sampling_rate), f"{self.sampling_rate}, the codec's; resample first")
+        many = isinstance(audio, (list, tuple)) and not isinstance(audio[0], (int, float))
+        audio = list(audio) if many else [audio] * rows
+        if len(audio) != rows:
+            refuse("prompt_audio", f"{len(audio)} recordings for {rows} texts", "one a text, or one for all")
+        codes = self.codec.encode(audio) if many else self.codec.encode(audio[:1]) * rows
+        codes, mask = padded_rows(codes)
+        return dict(prompt_codes=codes, prompt_mask=mask)
+
+    def decode(
+        self,
+        codes,  # b t j, or what `generate` returns
+        lengths: Tensor = None,  # b  frames; None: all
+    ) -> list:  # of waveforms, n_i
+        "Sound"
+        if hasattr(codes, "lengths"):
+            codes, lengths = codes.codes, codes.lengths
+        lengths = [codes.shape[1]] * len(codes) if lengths is None else lengths.tolist()
+        sound = self.codec.decode([c[: max(1, n)] for c, n in zip(codes, lengths, strict=True)])
+        return [w if n else w[:0] for w, n in zip(sound, lengths, strict=True)]
+
+    batch_decode = decode
+
+    def save_pretrained(
+        self,
+        folder,  # made if missing; a model may be saved into the same one
+        **kw,
+    ):
+        "Tokenizer, codec and settings"
+        from lmlab.core.ledger import write_json
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        self.codec.save_pretrained(folder / "codec")
+        write_json(
+            folder / "processor_config.json", dict(processor_class=type(self).__name__, by_word=self.by_word)
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name,  # a folder, or a Hub id
+        **kw,
+    ):
+        "Read a processor"
+        from huggingface_hub import snapshot_download
+
+        from lmlab.speech.common import Codec, PhonemeTokenizer
+
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name)))
+        try:
+            settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise ValueError(f"name: {folder} holds no processor ({type(e).__name__}: {e})") from e
+        return cls(
+            PhonemeTokenizer.from_pretrained(folder),
+            Codec.from_pretrained(folder / "codec"),
+            settings.get("by_word", True),
+        )
+
+
+def register_processor():
+    "`AutoProcessor.from_pretrained` finds the processor of a saved model"
+    from transformers import AutoProcessor
+
+    AutoProcessor.register(VallE2Config, VallE2Processor, exist_ok=True)
+
+
+def best_candidate(
+    similarity: Tensor,  # b n  of the voice to the prompt's
+    wer: Tensor,  # b n
+    enough: float = 0.3,  # similar enough: beyond it only the words count
+) -> Tensor:  # b
+    "Which of n draws to keep: the largest [min(SIM, 0.3), 1 − WER] in lexicographic order"
+    s = similarity.clamp(max=enough)
+    return wer.masked_fill(s < s.amax(1, keepdim=True), math.inf).argmin(1)
+
+
+# %% ../../nbs/speech/vall_e_2.ipynb #98169f10
+def training_rows(
+    processor: VallE2Processor,
+    ds,  # a speech dataset: audio, rate, text
+    batch_size: int = 64,
+) -> list:  # of dicts: input_ids l, codes t j (int16)
+    "Transcripts and codes"
+    from lmlab.speech.common import waves
+
+    sound = waves(ds, processor.sampling_rate)
+    said = processor.tokenizer([processor.phonemes(t) for t in ds["text"]], is_split_into_words=True)[
+        "input_ids"
+    ]
+    order = sorted(range(len(sound)), key=lambda i: len(sound[i]))  # neighbours of one length: little padding
+    codes = {}
+    for i in range(0, len(order), batch_size):
+        some = order[i : i + batch_size]
+        codes |= dict(zip(some, processor.codec.encode([sound[j] for j in some]), strict=True))
+    return [dict(input_ids=torch.tensor(t), codes=codes[i].to(torch.int16)) for i, t in enumerate(said)]
 
 
 # %% ../../nbs/speech/vall_e_2.ipynb #bb23e32e
