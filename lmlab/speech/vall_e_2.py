@@ -39,6 +39,7 @@ __all__ = [
     "register_processor",
     "best_candidate",
     "training_rows",
+    "tiny_pair",
     "contracts",
 ]
 
@@ -574,6 +575,8 @@ def ar_decode(
         for s in range(g):
             at = (n + i) * g + s
             scores = logits[:, s].float()
+            if at == n * g:  # something is said: at least one code
+                scores = scores.index_fill(1, scores.new_full((1,), ar.eos, dtype=torch.long), -math.inf)
             for p in processors:
                 scores = p(history[:, :at], scores)
             c = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
@@ -960,10 +963,53 @@ def training_rows(
     return [dict(input_ids=torch.tensor(t), codes=codes[i].to(torch.int16)) for i, t in enumerate(said)]
 
 
-# %% ../../nbs/speech/vall_e_2.ipynb #bb23e32e
+# %% ../../nbs/speech/vall_e_2.ipynb #b755d54f
+def tiny_pair(
+    group_size: int = 1,
+):  # processor, model
+    "A processor and a model with fresh weights, for the checkers"
+    from transformers import EncodecModel
+
+    from lmlab.core.check import stir
+    from lmlab.speech.common import Codec, PhonemeTokenizer, codec_config, fit_codebooks
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        codec = EncodecModel(codec_config(codebooks=3, size=16, hidden_size=8, num_filters=4)).eval()
+        fit_codebooks(codec, codec.encoder(torch.randn(4, 1, 3200)).transpose(1, 2).flatten(0, 1))
+        processor = VallE2Processor(PhonemeTokenizer(), Codec(codec))
+        config = VallE2Config(
+            text_vocab_size=len(processor.tokenizer),
+            codebook_size=16,
+            num_codebooks=3,
+            group_size=group_size,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_text_positions=80,
+            max_frames=240,
+            frame_rate=50.0,
+            sampling_rate=8000,
+        )
+        return processor, stir(VallE2ForTextToSpeech(config)).eval()
+
+
 def contracts():
     "What the shared checkers test"
+
+    def logits(model, inputs):
+        codes, real = grouped(inputs["prompt_codes"], inputs["prompt_mask"], model.config.group_size)
+        return model.ar(inputs["input_ids"], codes[..., 0], inputs["attention_mask"], real).logits[:, -1]
+
+    greedy = dict(top_p=0.0, ras_threshold=None)
     return [
+        ("speech", "vall_e_2", dict(make=tiny_pair, greedy=greedy, sampled=dict(top_p=0.9), logits=logits)),
+        (
+            "speech",
+            "vall_e_2 in groups",
+            dict(make=lambda: tiny_pair(2), greedy=greedy, sampled=dict(top_p=0.9), logits=logits),
+        ),
         (
             "decoder",
             "repetition_aware",
