@@ -275,7 +275,7 @@ def have_espeak() -> bool:
     return espeak_library() is not None and hasattr(os, "fork")
 
 
-# %% ../../nbs/speech/common.ipynb #23a2e705
+# %% ../../nbs/speech/common.ipynb #0489be89
 def _espeak_worker():
     "The whole program of the child process, so it imports what it needs itself; jobs as JSON in, events as JSON and samples out"
     import ctypes
@@ -348,12 +348,15 @@ def _espeak(jobs):
                 repr(job[1]),
                 "a voice of espeak-ng, as in `espeak-ng --voices`, with an optional +variant",
             )
-        out.append((np.frombuffer(child.stdout, "<i2", head["bytes"] // 2, at), head["rate"], head["events"]))
+        n, events = head["bytes"] // 2, head["events"]
+        lasts = zip(events, [*events[1:], (n, "")], strict=True)
+        events = [(s, p) for (s, p), (after, _) in lasts if s < after]  # the last pause often has no sample
+        out.append((np.frombuffer(child.stdout, "<i2", n, at), head["rate"], events))
         at += head["bytes"]
     return out
 
 
-# %% ../../nbs/speech/common.ipynb #c0cad47f
+# %% ../../nbs/speech/common.ipynb #665424ad
 def espeak(
     texts: list,  # of str
     voices=VOICES,  # taken in turn; or one a text
@@ -396,10 +399,6 @@ def _synthetic(job, samples, rate, events, to, level, noise, seed):
         .astype(np.float32)
         .clip(-1, 1)
     )
-    events = [(min(round(s * to / rate), len(x)), p) for s, p in events]
-    events = [
-        (s, p) for (s, p), (after, _) in zip(events, [*events[1:], (len(x), "")], strict=True) if s < after
-    ]
     return dict(
         audio=x,
         rate=to,
@@ -407,7 +406,7 @@ def _synthetic(job, samples, rate, events, to, level, noise, seed):
         speaker=voice,
         id=f"espeak-{key[:8]}",
         phonemes=[p for _, p in events],
-        starts=[s for s, _ in events],
+        starts=[round(s * to / rate) for s, _ in events],
     )
 
 
@@ -453,7 +452,7 @@ def waves(
     ]
 
 
-# %% ../../nbs/speech/common.ipynb #b4fc9785
+# %% ../../nbs/speech/common.ipynb #678f7cda
 PHONEMES = tuple(
     "_ _: _! ; n t s I k d @ r l z a m E V N p f 3 I2 i: 0 eI i w v b aI D oU h u: g S a# @L 3: dZ A@ j T I# t# aU o@ @2 tS i@ r- "
     "O@ O: e@ U aa A: i@3 O2 U@ OI t2 @- aI@ Z aI3 x ? n-".split()
@@ -470,10 +469,7 @@ def phonemes(
     if any(not isinstance(t, str) or not t.strip() or "\0" in t for t in texts):
         refuse("text", repr(text)[:60], "a text that is not empty")
     if have_espeak():
-        out = [
-            [p for (s, p), (after, _) in zip(e, [*e[1:], (len(x), "")], strict=True) if s < after]
-            for x, _, e in _espeak([(t, voice, 160, 50) for t in texts])
-        ]
+        out = [[p for _, p in events] for *_, events in _espeak([(t, voice, 160, 50) for t in texts])]
     else:
         warnings.warn(f"espeak-ng is missing: letters stand in for phonemes; {INSTALL}", stacklevel=2)
         out = [
@@ -743,13 +739,14 @@ def hub_rows(
     return out
 
 
-# %% ../../nbs/speech/common.ipynb #f5f091b7
+# %% ../../nbs/speech/common.ipynb #831d49be
 def digit_strings(
     ds,  # recorded digits, from `speech("fsdd", ...)`
     n: int,  # strings
     lengths: tuple = (3, 6),  # digits in a string, from and to
     *,
     gap: tuple = (0.03, 0.12),  # seconds between digits, from and to
+    floor: float = None,  # rms of the noise in the gaps; None: that of the speaker's quietest moments
     level: float = 0.1,  # rms that every string is brought to; None: as recorded
     seed: int = 0,
 ):  # a Dataset of `n` rows
@@ -769,7 +766,7 @@ def digit_strings(
     for k in range(n):
         s = names[k % len(names)]
         parts = rng.choice(by[s], rng.integers(low, high + 1))
-        x = _joined([sound[i] for i in parts], rate[parts[0]], gap, rng)
+        x = _joined([sound[i] for i in parts], rate[parts[0]], gap, floor, rng)
         if level is not None:
             x = x * min(
                 level / max(float(np.sqrt((x**2).mean())), 1e-6), 1 / max(float(np.abs(x).max()), 1e-6)
@@ -786,10 +783,10 @@ def digit_strings(
     return speech_rows(rows)
 
 
-def _joined(parts, rate, gap, rng):
+def _joined(parts, rate, gap, floor, rng):
     "Recordings with gaps of noise; the noise has the level of the quietest tenth of their 10 ms frames"
     frames = np.concatenate([p[: len(p) // 80 * 80].reshape(-1, 80) for p in parts])
-    floor = max(float(np.quantile(np.sqrt((frames**2).mean(1)), 0.1)), 3e-4)
+    floor = max(float(np.quantile(np.sqrt((frames**2).mean(1)), 0.1)), 3e-4) if floor is None else floor
     silence = lambda: floor * rng.standard_normal(int(rate * rng.uniform(*gap)))
     out = [silence()]
     for p in parts:
@@ -856,7 +853,7 @@ def log_mel(
     return mel[:, : -(-x.shape[-1] // hop)].clamp_min(1e-5).log10().reshape(*x.shape[:-1], -1, bins)
 
 
-# %% ../../nbs/speech/common.ipynb #369783d5
+# %% ../../nbs/speech/common.ipynb #b1217367
 def codec_config(
     rate: int = 8000,  # Hz
     ratios: tuple = (4, 5, 8),  # their product is the hop: 160 samples, 50 frames a second
@@ -870,7 +867,14 @@ def codec_config(
     if rate % math.prod(ratios):
         refuse("ratios", repr(ratios), f"a product that divides the rate of {rate} Hz")
     kbps = rate // math.prod(ratios) * math.log2(size) / 1000
-    shape = dict(hidden_size=64, num_filters=12, num_lstm_layers=1, kernel_size=5, last_kernel_size=5)
+    shape = dict(
+        hidden_size=64,
+        num_filters=12,
+        num_lstm_layers=1,
+        kernel_size=5,
+        last_kernel_size=5,
+        pad_mode="constant",
+    )
     return EncodecConfig(
         sampling_rate=rate,
         upsampling_ratios=list(ratios),
@@ -938,16 +942,31 @@ class Codec:
         codebooks: int = None,  # use only the first; None: all
     ):  # T J int64, or a list of them
         "Codes of one waveform or of many; in a batch each has the codes that it has alone"
-        many = isinstance(wave, (list, tuple)) and not all(isinstance(o, (int, float)) for o in wave)
-        x, lengths = padded(wave if many else [wave], self.hop)
+        if not isinstance(wave, (list, tuple)) or all(isinstance(o, (int, float)) for o in wave):
+            return self._encode([wave], codebooks)[0]
+        return self._apart(lambda some: self._encode(some, codebooks), wave, self.hop)
+
+    def _apart(self, f, rows, hop):
+        "Short rows one by one where the model mirrors what is in front of the first frame: the mirror would reach into padding"
+        reach = (
+            max(self.model.config.kernel_size, self.model.config.last_kernel_size)
+            if self.model.config.pad_mode == "reflect"
+            else 0
+        )
+        few = {i for i, r in enumerate(rows) if len(r) < reach * hop}
+        out, rest = {i: f([rows[i]])[0] for i in few}, [i for i in range(len(rows)) if i not in few]
+        out |= dict(zip(rest, f([rows[i] for i in rest]), strict=True)) if rest or not few else {}
+        return [out[i] for i in range(len(rows))]
+
+    def _encode(self, waves, codebooks):
+        x, lengths = padded(waves, self.hop)
         z = self.model.encoder(x[:, None].to(self.device, self.model.dtype))
         codes, rest = [], z
         for layer in self.model.quantizer.layers[: codebooks or self.num_codebooks]:
             codes.append(layer.encode(rest))
             rest = rest - layer.decode(codes[-1])
         codes = torch.stack(codes, -1).cpu()
-        out = [c[: self.frames(n)] for c, n in zip(codes, lengths.tolist(), strict=True)]
-        return out if many else out[0]
+        return [c[: self.frames(n)] for c, n in zip(codes, lengths.tolist(), strict=True)]
 
     @torch.no_grad()
     def decode(
@@ -955,13 +974,17 @@ class Codec:
         codes,  # T j int64, or a list of them; j may be less than all codebooks
     ):  # T·hop float32 within [-1, 1], or a list of them
         "Waveforms of codes"
-        many = isinstance(codes, (list, tuple))
-        codes = [self._checked(c) for c in (codes if many else [codes])]
+        if not isinstance(codes, (list, tuple)):
+            return self._decode([self._checked(codes)])[0]
+        codes = [self._checked(c) for c in codes]
         if len({c.shape[1] for c in codes}) > 1:
             refuse(
                 "codes", f"{sorted({c.shape[1] for c in codes})} codebooks", "the same number in every row"
             )
-        c = torch.zeros(len(codes), max(map(len, codes)), codes[0].shape[1], dtype=torch.long)
+        return self._apart(self._decode, codes, 1)
+
+    def _decode(self, codes):
+        c = torch.zeros(len(codes), max(map(len, codes), default=0), codes[0].shape[1], dtype=torch.long)
         for row, o in zip(c, codes, strict=True):
             row[: len(o)] = o
         x = (
@@ -970,8 +993,7 @@ class Codec:
             .clamp(-1, 1)
             .cpu()
         )
-        out = [o[: len(k) * self.hop] for o, k in zip(x, codes, strict=True)]
-        return out if many else out[0]
+        return [o[: len(k) * self.hop] for o, k in zip(x, codes, strict=True)]
 
     def _checked(self, codes):
         c = torch.as_tensor(codes).cpu()
@@ -1268,7 +1290,7 @@ def codec_report(
     }
 
 
-# %% ../../nbs/speech/common.ipynb #4d26b32e
+# %% ../../nbs/speech/common.ipynb #46e4315a
 @strict
 class RecogniserConfig(StrictConfig):
     "A CTC recogniser of a closed vocabulary"
@@ -1276,14 +1298,14 @@ class RecogniserConfig(StrictConfig):
     model_type = "lmlab_recogniser"
     sampling_rate: int = 8000
     bins: int = 40
-    hop: int = 80  # samples; the output has a frame for every two
+    hop: int = 160  # samples; the output has a frame for every two
     hidden_size: int = 96
     dilations: list[int] | tuple[int, ...] = (
         1,
         2,
         4,
         8,
-    )  # of the residual convolutions: each output hears 0.6 s on both sides
+    )  # of the residual convolutions: each output hears 1.3 s on both sides
     vocabulary: list[str] | tuple[str, ...] = DIGITS  # words, or characters
     unit: str = "word"  # or "character"
 
@@ -1407,10 +1429,11 @@ def train_recogniser(
     steps: int = 400,
     batch_size: int = 24,
     lr: float = 3e-3,
+    first: float = 0.4,  # share of the steps on the tenth of the rows that have fewest labels; CTC finds out on them which sound is which
     seed: int = 0,
     progress: bool = True,
 ) -> Recogniser:
-    "Train a recogniser on speech, and on what a codec makes of it"
+    "Train a recogniser on speech, and on what a codec makes of it: short rows first"
     config = config or RecogniserConfig(
         sampling_rate=int(ds["rate"][0]),
         vocabulary=sorted({w for t in ds["text"] for w in t.lower().split()}),
@@ -1419,10 +1442,9 @@ def train_recogniser(
         torch.manual_seed(seed)
         model = Recogniser(config).train()
     rows = [dict(wave=w, labels=model.labels(t)) for w, t in _both(ds, again, "text", config.sampling_rate)]
-    fit(
-        model,
-        rows,
-        steps=steps,
+    rows.sort(key=lambda r: len(r["labels"]))
+    early = min(steps, math.ceil(first * steps))
+    kw = dict(
         batch_size=batch_size,
         lr=lr,
         collate=_batch,
@@ -1432,6 +1454,11 @@ def train_recogniser(
         progress=progress,
         weight_decay=0.01,
     )
+    if early:
+        easy = sum(len(r["labels"]) <= len(rows[len(rows) // 10]["labels"]) for r in rows)
+        fit(model, rows[:easy], steps=early, schedule="constant", **kw)
+    if steps > early:
+        fit(model, rows, steps=steps - early, **kw)
     return model.eval()
 
 
@@ -1682,9 +1709,9 @@ def speaker_reference(
     return dict(same=same.mean().item(), different=different.mean().item(), eer=rate, threshold=threshold)
 
 
-# %% ../../nbs/speech/common.ipynb #e318b25b
+# %% ../../nbs/speech/common.ipynb #0c0488f7
 SIZES = dict(
-    smoke=dict(strings=40, synthetic=12, held_out=12, codec=8, recogniser=8, speaker=6, again=24, first=1.0),
+    smoke=dict(strings=24, synthetic=8, held_out=8, codec=8, recogniser=8, speaker=6, again=8, first=1.0),
     cpu=dict(
         strings=900, synthetic=300, held_out=120, codec=450, recogniser=500, speaker=300, again=300, first=0.3
     ),
@@ -1704,6 +1731,23 @@ class SpeechKit:
     train: object  # the strings that the kit was trained on, a Dataset
     test: object  # held-out strings
     report: dict = field(default_factory=dict)
+
+    def table(self):
+        "The report, for a page"
+        from lmlab.core.chapter import Table
+
+        codec, words, who = (self.report[k] for k in ("codec", "recogniser", "speaker"))
+        rows = [dict(what=k, value=f"{v:.3g}") for k, v in codec.items()]
+        for k in ("real", "reconstructed"):
+            rows.append(dict(what=f"word error rate, {k} speech", value=f"{words[k]['wer']:.3f}"))
+            rows.append(
+                dict(
+                    what=f"similarity of one speaker / of two, {k} speech",
+                    value=f"{who[k]['same']:.2f} / {who[k]['different']:.2f}",
+                )
+            )
+            rows.append(dict(what=f"equal error rate of speakers, {k} speech", value=f"{who[k]['eer']:.3f}"))
+        return Table(rows)
 
     def score(
         self,
@@ -1766,7 +1810,7 @@ def speech_kit(
         refuse("scale", repr(scale), ", ".join(SIZES))
     source = source or kit_source()
     size = SIZES[scale]
-    train = kit_data(source, "train", size["strings"], size["synthetic"], (2, 4), seed)
+    train = kit_data(source, "train", size["strings"], size["synthetic"], (1, 4), seed)
     test = kit_data(source, "validation", size["held_out"], size["held_out"], (3, 6), seed + 1)
     facts = dict(
         size=size,
@@ -1774,7 +1818,7 @@ def speech_kit(
         data=train._fingerprint and _digest(train),
         config=codec_config().to_diff_dict(),
         torch=torch.__version__.split("+")[0],
-        version=1,
+        version=2,
     )
     place = (
         Path(folder or cache_dir() / "speech")
