@@ -881,8 +881,7 @@ class VallE2Processor:
         if hasattr(codes, "lengths"):
             codes, lengths = codes.codes, codes.lengths
         lengths = [codes.shape[1]] * len(codes) if lengths is None else lengths.tolist()
-        sound = self.codec.decode([c[: max(1, n)] for c, n in zip(codes, lengths, strict=True)])
-        return [w if n else w[:0] for w, n in zip(sound, lengths, strict=True)]
+        return self.codec.decode([c[:n] for c, n in zip(codes, lengths, strict=True)])
 
     batch_decode = decode
 
