@@ -29,7 +29,7 @@ def takes(tmp_path):
     for s in ("ann", "bob"):
         for d in range(10):
             for i in range(12):
-                parts.append((tone(200 + 40 * d, 400 + 10 * i + rng.integers(5)) * 32767).astype(np.int16))
+                parts.append((tone(200 + 40 * d, 1600 + 10 * i + rng.integers(5)) * 32767).astype(np.int16))
                 rows.append((d, s, i))
     d, s, i = (np.array(o) for o in zip(*rows, strict=True))
     folder = tmp_path / "fsdd"
@@ -256,7 +256,7 @@ def test_frames_of_phonemes(seed):
 def test_a_codec_learns():
     "A few dozen steps on tones: better than before, and every prefix of the codebooks is better than a shorter one"
     sound = [torch.from_numpy(tone(200 + 37 * k, 4000)) for k in range(12)]
-    config = C.codec_config(codebooks=4, size=16, num_filters=4, hidden_size=16)
+    config = C.codec_config(codebooks=4, size=16, ratios=(4, 5, 8), num_residual_layers=1, num_filters=4, hidden_size=16)
     raw, done = (C.train_codec(sound, config, steps=n, batch_size=4, seconds=0.2, progress=False) for n in (2, 60))
     loss = lambda c: np.mean([C.spectral_loss(c.decode(c.encode(w))[None, : len(w)], w[None], 8000).item() for w in sound[:4]])
     assert loss(done) < 0.8 * loss(raw)
@@ -268,6 +268,24 @@ def test_a_codec_learns():
     assert left == sorted(left, reverse=True) and left[-1] < 0.7 * left[0]
     again = C.train_codec(sound, config, steps=2, batch_size=4, seconds=0.2, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(raw.model.state_dict().values(), again.model.state_dict().values(), strict=True))
+
+
+def test_a_codec_starts_from_principal_components():
+    "With as many components as samples in a block, the autoencoder is the identity; with fewer, the best projection"
+    from transformers import EncodecModel
+
+    torch.manual_seed(0)
+    x = torch.nn.functional.conv1d(torch.randn(1, 1, 4007), torch.hann_window(8)[None, None])[0, 0, :4000] * 0.05
+    blocks = x.view(-1, 16)
+    for k, tol in ((16, 0.03), (6, None)):
+        m = EncodecModel(C.codec_config(ratios=(16,), num_filters=8, hidden_size=k)).eval()
+        C.start_from_klt(m, blocks, small=0.02, noise=1e-4)
+        with torch.no_grad():
+            y = m.decoder(m.encoder(x[None, None]))[0, 0]
+        u = torch.linalg.svd(blocks).Vh[:k]
+        want = (blocks @ u.T @ u).reshape(-1)
+        assert (y - want).norm() / want.norm() < (tol or 0.03)
+        assert k == 16 or (want - x).norm() > 0.01 * x.norm()
 
 
 def test_the_gradient_passes_the_quantiser():
@@ -284,8 +302,8 @@ def test_the_gradient_passes_the_quantiser():
 
 def test_a_recogniser_learns_tones(takes):
     root, *_ = takes
-    ds = C.digit_strings(C.speech(str(root / "fsdd" / "train.npz"), "train"), 48, (1, 3), level=None)
-    model = C.train_recogniser(ds, steps=60, batch_size=8, config=C.RecogniserConfig(hidden_size=32), progress=False)
+    ds = C.digit_strings(C.speech(str(root / "fsdd" / "train.npz"), "train"), 48, (2, 4), level=None)
+    model = C.train_recogniser(ds, steps=150, batch_size=8, lr=8e-3, config=C.RecogniserConfig(hidden_size=48), progress=False)
     said = model.transcribe(C.waves(ds))
     assert C.word_errors(ds["text"][:], said)["wer"] < 0.5  # chance is about 0.9
     assert said == [model.transcribe([w])[0] for w in C.waves(ds)]

@@ -39,6 +39,7 @@ __all__ = [
     "follow",
     "kmeans",
     "fit_codebooks",
+    "start_from_klt",
     "spectral_loss",
     "Crops",
     "codec_loss",
@@ -816,7 +817,7 @@ def espeak_strings(
     return espeak(texts, voices, rate=rate, seed=seed, **how)
 
 
-# %% ../../nbs/speech/common.ipynb #bafda134
+# %% ../../nbs/speech/common.ipynb #531df1f2
 @lru_cache(16)
 def mel_filters(
     rate: int,  # Hz
@@ -836,11 +837,11 @@ def log_mel(
     rate: int,  # Hz
     bins: int = 40,
     hop: int = 80,  # samples from frame to frame
-    size: int = None,  # of the window; None: four hops, and at least 32 ms
+    size: int = None,  # of the window; None: a power of 2, at least 32 ms and a hop and a half
 ) -> Tensor:  # ... ceil(n/hop) bins; log10 of magnitudes, at least -5
     "Log-mel spectrum; zeros stand in front of the first sample and after the last, so that padding with zeros changes nothing"
     x = torch.as_tensor(audio)
-    size = size or 2 ** math.ceil(math.log2(max(4 * hop, 0.032 * rate)))
+    size = size or 2 ** math.ceil(math.log2(max(1.5 * hop, 0.032 * rate)))
     spectrum = torch.stft(
         x.reshape(-1, x.shape[-1]),
         size,
@@ -853,10 +854,10 @@ def log_mel(
     return mel[:, : -(-x.shape[-1] // hop)].clamp_min(1e-5).log10().reshape(*x.shape[:-1], -1, bins)
 
 
-# %% ../../nbs/speech/common.ipynb #b1217367
+# %% ../../nbs/speech/common.ipynb #1752b980
 def codec_config(
     rate: int = 8000,  # Hz
-    ratios: tuple = (4, 5, 8),  # their product is the hop: 160 samples, 50 frames a second
+    ratios: tuple = (160,),  # their product is the hop: 160 samples, 50 frames a second
     codebooks: int = 8,
     size: int = 256,  # entries of a codebook, a power of 2
     **overrides,  # any field of `EncodecConfig`
@@ -869,7 +870,8 @@ def codec_config(
     kbps = rate // math.prod(ratios) * math.log2(size) / 1000
     shape = dict(
         hidden_size=64,
-        num_filters=12,
+        num_filters=32,
+        num_residual_layers=0,
         num_lstm_layers=1,
         kernel_size=5,
         last_kernel_size=5,
@@ -1012,13 +1014,13 @@ class Codec:
         return c.long()
 
 
-# %% ../../nbs/speech/common.ipynb #a68cdaa2
+# %% ../../nbs/speech/common.ipynb #69266eb2
 def quantise(
     model,  # an EncodecModel
     z: Tensor,  # b d t, from its encoder
     used: int,  # codebooks
     learn: bool = False,  # move the codebooks towards what they stand for
-    decay: float = 0.98,  # of their running means
+    decay: float = 0.95,  # of their running means
 ) -> tuple:  # b d t, with the gradient of `z`; commitment loss; codes `used` b t
     "Residual quantisation with a straight-through gradient"
     rest, total, commit, codes = z, torch.zeros_like(z), 0.0, []
@@ -1043,13 +1045,13 @@ def follow(
     dead: float = 0.05,  # an entry with a smaller share of its due is moved to a random vector of the batch
 ):
     "One step of k-means on a stream: entries are running means of what chose them"
-    counts = torch.bincount(idx, minlength=len(book.embed)).to(x)
-    book.cluster_size.mul_(decay).add_(counts, alpha=1 - decay)
-    book.embed_avg.mul_(decay).index_add_(0, idx, x, alpha=1 - decay)
     due = len(x) / len(book.embed)
-    if (gone := book.cluster_size < dead * due).any():
+    counts = torch.bincount(idx, minlength=len(book.embed)).to(x) / due  # 1 is its due
+    book.cluster_size.mul_(decay).add_(counts, alpha=1 - decay)
+    book.embed_avg.mul_(decay).index_add_(0, idx, x, alpha=(1 - decay) / due)
+    if (gone := book.cluster_size < dead).any():
         new = x[torch.randint(len(x), (int(gone.sum()),), device=x.device)]
-        book.embed_avg[gone], book.cluster_size[gone] = new * due, due
+        book.embed_avg[gone], book.cluster_size[gone] = new, 1.0
     book.embed.copy_(book.embed_avg / book.cluster_size[:, None].clamp_min(1e-6))
 
 
@@ -1088,16 +1090,57 @@ def fit_codebooks(
     for i, layer in enumerate(model.quantizer.layers):
         book = layer.codebook
         centres, idx = kmeans(z, len(book.embed), seed=seed + i)
-        counts = torch.bincount(idx, minlength=len(centres)).to(z).clamp_min(1.0)
-        (
-            book.embed.copy_(centres),
-            book.cluster_size.copy_(counts),
-            book.embed_avg.copy_(centres * counts[:, None]),
-        )
+        book.embed.copy_(centres), book.cluster_size.fill_(1.0), book.embed_avg.copy_(centres)
         z = z - centres[idx]
 
 
-# %% ../../nbs/speech/common.ipynb #99520051
+# %% ../../nbs/speech/common.ipynb #a4d21f7a
+@torch.no_grad()
+def start_from_klt(
+    model,  # an EncodecModel with one ratio and no residual layers, changed in place
+    blocks: Tensor,  # n hop, pieces of real speech
+    small: float = 0.1,  # scale in front of an ELU
+    noise: float = 0.02,  # of the weights that the transform does not use, over those it does
+):
+    "Make the autoencoder the projection of each block onto its first principal components"
+    c, hop = model.config, model.config.hop_length
+    if len(c.upsampling_ratios) > 1 or c.num_residual_layers or not c.use_causal_conv:
+        refuse(
+            "model",
+            f"ratios {c.upsampling_ratios}, {c.num_residual_layers} residual layers",
+            "one ratio, no residual layers, causal",
+        )
+    k = min(2 * c.num_filters, c.hidden_size, hop)
+    basis = (
+        torch.linalg.eigh(blocks.T.double() @ blocks.double()).eigenvectors.flip(1)[:, :k].T.to(blocks)
+    )  # k hop
+    first, down, last = (m.conv for m in model.encoder.layers if hasattr(m, "conv"))
+    into, up, out = (m.conv for m in model.decoder.layers if hasattr(m, "conv"))
+    for conv in (first, down, last, into, up, out):
+        w = torch.randn_like(conv.weight)
+        conv.weight, conv.bias[:] = w * noise / w[0].norm(), 0.0
+    _put(first, lambda w: w[0, 0].__setitem__(-1, small))  # the last tap of a causal filter is now
+    _put(down, lambda w: w[:k, 0, hop:].copy_(basis))
+    _put(last, lambda w: w[:k, :k, -1].copy_(torch.eye(k)))
+    _put(into, lambda w: w[:k, :k, -1].copy_(torch.eye(k)))
+    _put(up, lambda w: w[:k, 0, :hop].copy_(basis))
+    _put(out, lambda w: w[0, 0].__setitem__(-1, 1 / small))
+    for net in (model.encoder, model.decoder):
+        for m in net.modules():
+            if isinstance(m, nn.LSTM):  # adds nothing at first: its candidates are zero
+                d = m.hidden_size
+                for p in m.parameters():
+                    p[2 * d : 3 * d] = 0.0
+
+
+def _put(conv, change):
+    "Change a weight that is stored as length and direction"
+    w = conv.weight.clone()
+    change(w)
+    conv.weight = w
+
+
+# %% ../../nbs/speech/common.ipynb #800e2f4c
 def spectral_loss(
     got: Tensor,  # b n
     want: Tensor,  # b n
@@ -1118,6 +1161,10 @@ def spectral_loss(
         )
         total = total + F.l1_loss((a + 1e-3).log(), (b + 1e-3).log()) + 0.1 * F.l1_loss(a, b)
     return total / len(sizes)
+
+
+def _device(device):
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Crops:
@@ -1152,7 +1199,11 @@ def codec_loss(
         )  # every prefix of the codebooks must do
         z, commit, _ = quantise(model, z, used, learn=model.training)
     y = model.decoder(z)[:, 0]
-    return spectral_loss(y, wave, model.config.sampling_rate) + 2.0 * F.l1_loss(y, wave) + 0.25 * commit
+    return (
+        spectral_loss(y, wave, model.config.sampling_rate)
+        + F.l1_loss(y, wave) / wave.abs().mean().clamp_min(1e-3)
+        + commit / z.detach().square().mean().clamp_min(1e-6)
+    )
 
 
 def train_codec(
@@ -1162,24 +1213,31 @@ def train_codec(
     steps: int = 700,
     batch_size: int = 16,
     seconds: float = 0.48,  # of a piece
-    lr: float = 3e-3,
+    lr: float = 1e-3,
     first: float = 0.3,  # share of the steps that learn to copy, before there are codebooks; 1: the codebooks are k-means and no more
     seed: int = 0,
+    device: str = None,  # None: a GPU if there is one
     progress: bool = True,
 ) -> Codec:
-    "Train a codec: first the autoencoder alone, then codebooks from k-means of its real output, then all together"
+    "Train a codec: from principal components where its shape allows it, then the autoencoder alone, then codebooks from k-means of its real output, then all together"
     from transformers import EncodecModel
 
     config = config or codec_config()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = EncodecModel(config).train()
+        model = EncodecModel(config).train().to(_device(device))
     sound = ds if isinstance(ds, list) else waves(ds, config.sampling_rate)
     samples, early = (
         round(seconds * config.sampling_rate / config.hop_length) * config.hop_length,
         max(1, round(steps * first)),
     )
     crops = Crops(sound, samples, steps * batch_size, seed)
+    if len(config.upsampling_ratios) == 1 and not config.num_residual_layers:
+        blocks = Crops(sound, config.hop_length, 20_000, seed + 2)
+        start_from_klt(
+            model,
+            torch.stack([r["input_values"] for r in blocks.__getitems__(np.arange(20_000))]).to(model.device),
+        )
     kw = dict(batch_size=batch_size, lr=lr, weight_decay=0.0, betas=(0.8, 0.99), progress=progress, seed=seed)
     fit(
         model,
@@ -1191,7 +1249,9 @@ def train_codec(
     )
     with torch.no_grad():
         some = Crops(sound, samples, 24 * config.codebook_size * config.hop_length // samples + 1, seed + 1)
-        z = model.encoder(torch.stack([some[i]["input_values"] for i in range(len(some))])[:, None])
+        z = model.encoder(
+            torch.stack([some[i]["input_values"] for i in range(len(some))])[:, None].to(model.device)
+        )
         fit_codebooks(model, z.transpose(1, 2).flatten(0, 1), seed)
     if steps > early:
         fit(
@@ -1290,7 +1350,7 @@ def codec_report(
     }
 
 
-# %% ../../nbs/speech/common.ipynb #46e4315a
+# %% ../../nbs/speech/common.ipynb #8ddb524d
 @strict
 class RecogniserConfig(StrictConfig):
     "A CTC recogniser of a closed vocabulary"
@@ -1431,6 +1491,7 @@ def train_recogniser(
     lr: float = 3e-3,
     first: float = 0.4,  # share of the steps on the tenth of the rows that have fewest labels; CTC finds out on them which sound is which
     seed: int = 0,
+    device: str = None,  # None: a GPU if there is one
     progress: bool = True,
 ) -> Recogniser:
     "Train a recogniser on speech, and on what a codec makes of it: short rows first"
@@ -1440,7 +1501,7 @@ def train_recogniser(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Recogniser(config).train()
+        model = Recogniser(config).train().to(_device(device))
     rows = [dict(wave=w, labels=model.labels(t)) for w, t in _both(ds, again, "text", config.sampling_rate)]
     rows.sort(key=lambda r: len(r["labels"]))
     early = min(steps, math.ceil(first * steps))
@@ -1559,7 +1620,7 @@ def ctc_align(
     return path, final
 
 
-# %% ../../nbs/speech/common.ipynb #7dc9fd6f
+# %% ../../nbs/speech/common.ipynb #90981e64
 @strict
 class SpeakerConfig(StrictConfig):
     "A classifier of speakers with a small embedding"
@@ -1652,13 +1713,14 @@ def train_speaker(
     seconds: float = 0.8,  # of a piece
     lr: float = 3e-3,
     seed: int = 0,
+    device: str = None,  # None: a GPU if there is one
     progress: bool = True,
 ) -> SpeakerEncoder:
     "Train a speaker encoder on random pieces"
     config = config or SpeakerConfig(sampling_rate=int(ds["rate"][0]), speakers=sorted(set(ds["speaker"])))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SpeakerEncoder(config).train()
+        model = SpeakerEncoder(config).train().to(_device(device))
     number_of, size = {s: i for i, s in enumerate(config.speakers)}, round(seconds * config.sampling_rate)
     rows = [dict(wave=w, labels=number_of[s]) for w, s in _both(ds, again, "speaker", config.sampling_rate)]
     rng = np.random.default_rng(seed)
@@ -1709,7 +1771,7 @@ def speaker_reference(
     return dict(same=same.mean().item(), different=different.mean().item(), eer=rate, threshold=threshold)
 
 
-# %% ../../nbs/speech/common.ipynb #0c0488f7
+# %% ../../nbs/speech/common.ipynb #abea681b
 SIZES = dict(
     smoke=dict(strings=24, synthetic=8, held_out=8, codec=8, recogniser=8, speaker=6, again=8, first=1.0),
     cpu=dict(
@@ -1818,7 +1880,7 @@ def speech_kit(
         data=train._fingerprint and _digest(train),
         config=codec_config().to_diff_dict(),
         torch=torch.__version__.split("+")[0],
-        version=2,
+        version=3,
     )
     place = (
         Path(folder or cache_dir() / "speech")
