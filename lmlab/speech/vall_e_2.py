@@ -40,6 +40,7 @@ __all__ = [
     "best_candidate",
     "training_rows",
     "tiny_pair",
+    "next_logits",
     "contracts",
 ]
 
@@ -994,20 +995,28 @@ def tiny_pair(
         return processor, stir(VallE2ForTextToSpeech(config)).eval()
 
 
+def next_logits(
+    model: VallE2ForTextToSpeech,
+    inputs: dict,  # of `generate`
+) -> Tensor:  # b g v+1
+    "What the first group after the prompt is drawn from"
+    codes, real = grouped(inputs["prompt_codes"], inputs["prompt_mask"], model.config.group_size)
+    return model.ar(inputs["input_ids"], codes[..., 0], inputs["attention_mask"], real).logits[:, -1]
+
+
 def contracts():
     "What the shared checkers test"
-
-    def logits(model, inputs):
-        codes, real = grouped(inputs["prompt_codes"], inputs["prompt_mask"], model.config.group_size)
-        return model.ar(inputs["input_ids"], codes[..., 0], inputs["attention_mask"], real).logits[:, -1]
-
     greedy = dict(top_p=0.0, ras_threshold=None)
     return [
-        ("speech", "vall_e_2", dict(make=tiny_pair, greedy=greedy, sampled=dict(top_p=0.9), logits=logits)),
+        (
+            "speech",
+            "vall_e_2",
+            dict(make=tiny_pair, greedy=greedy, sampled=dict(top_p=0.9), logits=next_logits),
+        ),
         (
             "speech",
             "vall_e_2 in groups",
-            dict(make=lambda: tiny_pair(2), greedy=greedy, sampled=dict(top_p=0.9), logits=logits),
+            dict(make=lambda: tiny_pair(2), greedy=greedy, sampled=dict(top_p=0.9), logits=next_logits),
         ),
         (
             "decoder",
