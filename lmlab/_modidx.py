@@ -3037,6 +3037,197 @@ d = {
                 "lmlab/core/check_retriever.py",
             ),
         },
+        "lmlab.core.check_speech": {
+            "lmlab.core.check_speech.MuLaw": ("core/check_speech.html#mulaw", "lmlab/core/check_speech.py"),
+            "lmlab.core.check_speech.MuLaw.decode": (
+                "core/check_speech.html#mulaw.decode",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.MuLaw.encode": (
+                "core/check_speech.html#mulaw.encode",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinyProcessor": (
+                "core/check_speech.html#tinyprocessor",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinyProcessor.__call__": (
+                "core/check_speech.html#tinyprocessor.__call__",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinyProcessor.__init__": (
+                "core/check_speech.html#tinyprocessor.__init__",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinyProcessor._checked": (
+                "core/check_speech.html#tinyprocessor._checked",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinyProcessor._padded": (
+                "core/check_speech.html#tinyprocessor._padded",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinyProcessor.decode": (
+                "core/check_speech.html#tinyprocessor.decode",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinyProcessor.from_pretrained": (
+                "core/check_speech.html#tinyprocessor.from_pretrained",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinyProcessor.save_pretrained": (
+                "core/check_speech.html#tinyprocessor.save_pretrained",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinySpeech": (
+                "core/check_speech.html#tinyspeech",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinySpeech.__init__": (
+                "core/check_speech.html#tinyspeech.__init__",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinySpeech.generate": (
+                "core/check_speech.html#tinyspeech.generate",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinySpeech.heard": (
+                "core/check_speech.html#tinyspeech.heard",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinySpeech.start": (
+                "core/check_speech.html#tinyspeech.start",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.TinySpeechConfig": (
+                "core/check_speech.html#tinyspeechconfig",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._a_cap_is_kept": (
+                "core/check_speech.html#_a_cap_is_kept",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._a_round_trip_keeps_the_length": (
+                "core/check_speech.html#_a_round_trip_keeps_the_length",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._a_row_is_what_it_is_alone": (
+                "core/check_speech.html#_a_row_is_what_it_is_alone",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._another_rate_is_as_declared": (
+                "core/check_speech.html#_another_rate_is_as_declared",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._bfloat16_is_close": (
+                "core/check_speech.html#_bfloat16_is_close",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._codes_outside_are_refused": (
+                "core/check_speech.html#_codes_outside_are_refused",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._differ": (
+                "core/check_speech.html#_differ",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._empty_texts_are_refused": (
+                "core/check_speech.html#_empty_texts_are_refused",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._inputs": (
+                "core/check_speech.html#_inputs",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._inputs_are_untouched": (
+                "core/check_speech.html#_inputs_are_untouched",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._integers_are_as_declared": (
+                "core/check_speech.html#_integers_are_as_declared",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._is_sound": (
+                "core/check_speech.html#_is_sound",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._it_sounds": (
+                "core/check_speech.html#_it_sounds",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._lengths_are_what_they_say": (
+                "core/check_speech.html#_lengths_are_what_they_say",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._modes_are_left_alone": (
+                "core/check_speech.html#_modes_are_left_alone",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._nothing_is_kept": (
+                "core/check_speech.html#_nothing_is_kept",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._one_seed_one_result": (
+                "core/check_speech.html#_one_seed_one_result",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._refused": (
+                "core/check_speech.html#_refused",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._rows": ("core/check_speech.html#_rows", "lmlab/core/check_speech.py"),
+            "lmlab.core.check_speech._same_rows": (
+                "core/check_speech.html#_same_rows",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._saved_and_loaded_is_the_same": (
+                "core/check_speech.html#_saved_and_loaded_is_the_same",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._silence_and_short_prompts_do_no_harm": (
+                "core/check_speech.html#_silence_and_short_prompts_do_no_harm",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._speak": ("core/check_speech.html#_speak", "lmlab/core/check_speech.py"),
+            "lmlab.core.check_speech._text_matters": (
+                "core/check_speech.html#_text_matters",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._the_cap_is_no_end": (
+                "core/check_speech.html#_the_cap_is_no_end",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._the_global_generator_is_left_alone": (
+                "core/check_speech.html#_the_global_generator_is_left_alone",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._the_voice_matters": (
+                "core/check_speech.html#_the_voice_matters",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._two_channels_are_as_declared": (
+                "core/check_speech.html#_two_channels_are_as_declared",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._unequal_batches_are_refused": (
+                "core/check_speech.html#_unequal_batches_are_refused",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech._waves": ("core/check_speech.html#_waves", "lmlab/core/check_speech.py"),
+            "lmlab.core.check_speech._what_is_not_finite_is_refused": (
+                "core/check_speech.html#_what_is_not_finite_is_refused",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.check_speech": (
+                "core/check_speech.html#check_speech",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.tiny_speech": (
+                "core/check_speech.html#tiny_speech",
+                "lmlab/core/check_speech.py",
+            ),
+            "lmlab.core.check_speech.voice": ("core/check_speech.html#voice", "lmlab/core/check_speech.py"),
+        },
         "lmlab.core.compat": {
             "lmlab.core.compat.GrowingLayer": ("core/compat.html#growinglayer", "lmlab/core/compat.py"),
             "lmlab.core.compat.GrowingLayer.__init__": (
@@ -4972,6 +5163,456 @@ d = {
             ),
             "lmlab.retrieval.svdr.train": ("retrieval/svdr.html#train", "lmlab/retrieval/svdr.py"),
             "lmlab.retrieval.svdr.unseen": ("retrieval/svdr.html#unseen", "lmlab/retrieval/svdr.py"),
+        },
+        "lmlab.speech.common": {
+            "lmlab.speech.common.Codec": ("speech/common.html#codec", "lmlab/speech/common.py"),
+            "lmlab.speech.common.Codec.__init__": (
+                "speech/common.html#codec.__init__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Codec._apart": ("speech/common.html#codec._apart", "lmlab/speech/common.py"),
+            "lmlab.speech.common.Codec._checked": (
+                "speech/common.html#codec._checked",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Codec._decode": (
+                "speech/common.html#codec._decode",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Codec._encode": (
+                "speech/common.html#codec._encode",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Codec.decode": ("speech/common.html#codec.decode", "lmlab/speech/common.py"),
+            "lmlab.speech.common.Codec.device": ("speech/common.html#codec.device", "lmlab/speech/common.py"),
+            "lmlab.speech.common.Codec.encode": ("speech/common.html#codec.encode", "lmlab/speech/common.py"),
+            "lmlab.speech.common.Codec.frames": ("speech/common.html#codec.frames", "lmlab/speech/common.py"),
+            "lmlab.speech.common.Codec.from_pretrained": (
+                "speech/common.html#codec.from_pretrained",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Codec.save_pretrained": (
+                "speech/common.html#codec.save_pretrained",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Codec.to": ("speech/common.html#codec.to", "lmlab/speech/common.py"),
+            "lmlab.speech.common.Crops": ("speech/common.html#crops", "lmlab/speech/common.py"),
+            "lmlab.speech.common.Crops.__getitem__": (
+                "speech/common.html#crops.__getitem__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Crops.__getitems__": (
+                "speech/common.html#crops.__getitems__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Crops.__init__": (
+                "speech/common.html#crops.__init__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Crops.__len__": (
+                "speech/common.html#crops.__len__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.PhonemeTokenizer": (
+                "speech/common.html#phonemetokenizer",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.PhonemeTokenizer.__call__": (
+                "speech/common.html#phonemetokenizer.__call__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.PhonemeTokenizer.__init__": (
+                "speech/common.html#phonemetokenizer.__init__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Recogniser": ("speech/common.html#recogniser", "lmlab/speech/common.py"),
+            "lmlab.speech.common.Recogniser.__init__": (
+                "speech/common.html#recogniser.__init__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Recogniser.forward": (
+                "speech/common.html#recogniser.forward",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Recogniser.labels": (
+                "speech/common.html#recogniser.labels",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.Recogniser.transcribe": (
+                "speech/common.html#recogniser.transcribe",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.RecogniserConfig": (
+                "speech/common.html#recogniserconfig",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.RecogniserConfig.validate_vocabulary": (
+                "speech/common.html#recogniserconfig.validate_vocabulary",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpeakerConfig": (
+                "speech/common.html#speakerconfig",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpeakerEncoder": (
+                "speech/common.html#speakerencoder",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpeakerEncoder.__init__": (
+                "speech/common.html#speakerencoder.__init__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpeakerEncoder.embed": (
+                "speech/common.html#speakerencoder.embed",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpeakerEncoder.forward": (
+                "speech/common.html#speakerencoder.forward",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpeechKit": ("speech/common.html#speechkit", "lmlab/speech/common.py"),
+            "lmlab.speech.common.SpeechKit.score": (
+                "speech/common.html#speechkit.score",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpeechKit.table": (
+                "speech/common.html#speechkit.table",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common._batch": ("speech/common.html#_batch", "lmlab/speech/common.py"),
+            "lmlab.speech.common._both": ("speech/common.html#_both", "lmlab/speech/common.py"),
+            "lmlab.speech.common._carve": ("speech/common.html#_carve", "lmlab/speech/common.py"),
+            "lmlab.speech.common._count": ("speech/common.html#_count", "lmlab/speech/common.py"),
+            "lmlab.speech.common._device": ("speech/common.html#_device", "lmlab/speech/common.py"),
+            "lmlab.speech.common._digest": ("speech/common.html#_digest", "lmlab/speech/common.py"),
+            "lmlab.speech.common._digit_name": ("speech/common.html#_digit_name", "lmlab/speech/common.py"),
+            "lmlab.speech.common._digits": ("speech/common.html#_digits", "lmlab/speech/common.py"),
+            "lmlab.speech.common._espeak": ("speech/common.html#_espeak", "lmlab/speech/common.py"),
+            "lmlab.speech.common._espeak_worker": (
+                "speech/common.html#_espeak_worker",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common._find_digits": ("speech/common.html#_find_digits", "lmlab/speech/common.py"),
+            "lmlab.speech.common._hub": ("speech/common.html#_hub", "lmlab/speech/common.py"),
+            "lmlab.speech.common._is_digits": ("speech/common.html#_is_digits", "lmlab/speech/common.py"),
+            "lmlab.speech.common._joined": ("speech/common.html#_joined", "lmlab/speech/common.py"),
+            "lmlab.speech.common._local": ("speech/common.html#_local", "lmlab/speech/common.py"),
+            "lmlab.speech.common._mask": ("speech/common.html#_mask", "lmlab/speech/common.py"),
+            "lmlab.speech.common._name": ("speech/common.html#_name", "lmlab/speech/common.py"),
+            "lmlab.speech.common._open": ("speech/common.html#_open", "lmlab/speech/common.py"),
+            "lmlab.speech.common._own": ("speech/common.html#_own", "lmlab/speech/common.py"),
+            "lmlab.speech.common._phoneme_table": (
+                "speech/common.html#_phoneme_table",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common._put": ("speech/common.html#_put", "lmlab/speech/common.py"),
+            "lmlab.speech.common._read_kit": ("speech/common.html#_read_kit", "lmlab/speech/common.py"),
+            "lmlab.speech.common._rows": ("speech/common.html#_rows", "lmlab/speech/common.py"),
+            "lmlab.speech.common._synthetic": ("speech/common.html#_synthetic", "lmlab/speech/common.py"),
+            "lmlab.speech.common._train_kit": ("speech/common.html#_train_kit", "lmlab/speech/common.py"),
+            "lmlab.speech.common.codec_config": ("speech/common.html#codec_config", "lmlab/speech/common.py"),
+            "lmlab.speech.common.codec_loss": ("speech/common.html#codec_loss", "lmlab/speech/common.py"),
+            "lmlab.speech.common.codec_report": ("speech/common.html#codec_report", "lmlab/speech/common.py"),
+            "lmlab.speech.common.ctc_align": ("speech/common.html#ctc_align", "lmlab/speech/common.py"),
+            "lmlab.speech.common.digit_strings": (
+                "speech/common.html#digit_strings",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.equal_error_rate": (
+                "speech/common.html#equal_error_rate",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.espeak": ("speech/common.html#espeak", "lmlab/speech/common.py"),
+            "lmlab.speech.common.espeak_library": (
+                "speech/common.html#espeak_library",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.espeak_strings": (
+                "speech/common.html#espeak_strings",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.fit_codebooks": (
+                "speech/common.html#fit_codebooks",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.follow": ("speech/common.html#follow", "lmlab/speech/common.py"),
+            "lmlab.speech.common.frame_counts": ("speech/common.html#frame_counts", "lmlab/speech/common.py"),
+            "lmlab.speech.common.have_espeak": ("speech/common.html#have_espeak", "lmlab/speech/common.py"),
+            "lmlab.speech.common.hub_rows": ("speech/common.html#hub_rows", "lmlab/speech/common.py"),
+            "lmlab.speech.common.in_batches": ("speech/common.html#in_batches", "lmlab/speech/common.py"),
+            "lmlab.speech.common.kit_data": ("speech/common.html#kit_data", "lmlab/speech/common.py"),
+            "lmlab.speech.common.kit_report": ("speech/common.html#kit_report", "lmlab/speech/common.py"),
+            "lmlab.speech.common.kit_source": ("speech/common.html#kit_source", "lmlab/speech/common.py"),
+            "lmlab.speech.common.kmeans": ("speech/common.html#kmeans", "lmlab/speech/common.py"),
+            "lmlab.speech.common.load_wav": ("speech/common.html#load_wav", "lmlab/speech/common.py"),
+            "lmlab.speech.common.log_mel": ("speech/common.html#log_mel", "lmlab/speech/common.py"),
+            "lmlab.speech.common.mel_filters": ("speech/common.html#mel_filters", "lmlab/speech/common.py"),
+            "lmlab.speech.common.mono": ("speech/common.html#mono", "lmlab/speech/common.py"),
+            "lmlab.speech.common.non_termination": (
+                "speech/common.html#non_termination",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.normalised": ("speech/common.html#normalised", "lmlab/speech/common.py"),
+            "lmlab.speech.common.padded": ("speech/common.html#padded", "lmlab/speech/common.py"),
+            "lmlab.speech.common.pcm16": ("speech/common.html#pcm16", "lmlab/speech/common.py"),
+            "lmlab.speech.common.phonemes": ("speech/common.html#phonemes", "lmlab/speech/common.py"),
+            "lmlab.speech.common.play": ("speech/common.html#play", "lmlab/speech/common.py"),
+            "lmlab.speech.common.quantise": ("speech/common.html#quantise", "lmlab/speech/common.py"),
+            "lmlab.speech.common.real_time_factor": (
+                "speech/common.html#real_time_factor",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.repeat_rate": ("speech/common.html#repeat_rate", "lmlab/speech/common.py"),
+            "lmlab.speech.common.resample": ("speech/common.html#resample", "lmlab/speech/common.py"),
+            "lmlab.speech.common.save_wav": ("speech/common.html#save_wav", "lmlab/speech/common.py"),
+            "lmlab.speech.common.si_sdr": ("speech/common.html#si_sdr", "lmlab/speech/common.py"),
+            "lmlab.speech.common.similarity": ("speech/common.html#similarity", "lmlab/speech/common.py"),
+            "lmlab.speech.common.sinc_filter": ("speech/common.html#sinc_filter", "lmlab/speech/common.py"),
+            "lmlab.speech.common.speaker_reference": (
+                "speech/common.html#speaker_reference",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.spectral_loss": (
+                "speech/common.html#spectral_loss",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.speech": ("speech/common.html#speech", "lmlab/speech/common.py"),
+            "lmlab.speech.common.speech_kit": ("speech/common.html#speech_kit", "lmlab/speech/common.py"),
+            "lmlab.speech.common.speech_rows": ("speech/common.html#speech_rows", "lmlab/speech/common.py"),
+            "lmlab.speech.common.start_from_klt": (
+                "speech/common.html#start_from_klt",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.through": ("speech/common.html#through", "lmlab/speech/common.py"),
+            "lmlab.speech.common.train_codec": ("speech/common.html#train_codec", "lmlab/speech/common.py"),
+            "lmlab.speech.common.train_recogniser": (
+                "speech/common.html#train_recogniser",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.train_speaker": (
+                "speech/common.html#train_speaker",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.waves": ("speech/common.html#waves", "lmlab/speech/common.py"),
+            "lmlab.speech.common.word_errors": ("speech/common.html#word_errors", "lmlab/speech/common.py"),
+        },
+        "lmlab.speech.vall_e_2": {
+            "lmlab.speech.vall_e_2.RepetitionAwareLogitsProcessor": (
+                "speech/vall_e_2.html#repetitionawarelogitsprocessor",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.RepetitionAwareLogitsProcessor.__call__": (
+                "speech/vall_e_2.html#repetitionawarelogitsprocessor.__call__",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.RepetitionAwareLogitsProcessor.__init__": (
+                "speech/vall_e_2.html#repetitionawarelogitsprocessor.__init__",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2AR": ("speech/vall_e_2.html#valle2ar", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.VallE2AR.__init__": (
+                "speech/vall_e_2.html#valle2ar.__init__",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2AR._init_weights": (
+                "speech/vall_e_2.html#valle2ar._init_weights",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2AR.embed": (
+                "speech/vall_e_2.html#valle2ar.embed",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2AR.forward": (
+                "speech/vall_e_2.html#valle2ar.forward",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2AR.hidden": (
+                "speech/vall_e_2.html#valle2ar.hidden",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2AR.predict": (
+                "speech/vall_e_2.html#valle2ar.predict",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2AR.step": (
+                "speech/vall_e_2.html#valle2ar.step",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Block": (
+                "speech/vall_e_2.html#valle2block",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Block.__init__": (
+                "speech/vall_e_2.html#valle2block.__init__",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Block.forward": (
+                "speech/vall_e_2.html#valle2block.forward",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Config": (
+                "speech/vall_e_2.html#valle2config",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Config.validate_architecture": (
+                "speech/vall_e_2.html#valle2config.validate_architecture",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2ForTextToSpeech": (
+                "speech/vall_e_2.html#valle2fortexttospeech",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2ForTextToSpeech.__init__": (
+                "speech/vall_e_2.html#valle2fortexttospeech.__init__",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2ForTextToSpeech.forward": (
+                "speech/vall_e_2.html#valle2fortexttospeech.forward",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2ForTextToSpeech.generate": (
+                "speech/vall_e_2.html#valle2fortexttospeech.generate",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2NAR": ("speech/vall_e_2.html#valle2nar", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.VallE2NAR.__init__": (
+                "speech/vall_e_2.html#valle2nar.__init__",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2NAR.embed": (
+                "speech/vall_e_2.html#valle2nar.embed",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2NAR.forward": (
+                "speech/vall_e_2.html#valle2nar.forward",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Output": (
+                "speech/vall_e_2.html#valle2output",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Processor": (
+                "speech/vall_e_2.html#valle2processor",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Processor.__call__": (
+                "speech/vall_e_2.html#valle2processor.__call__",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Processor.__init__": (
+                "speech/vall_e_2.html#valle2processor.__init__",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Processor.decode": (
+                "speech/vall_e_2.html#valle2processor.decode",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Processor.encode": (
+                "speech/vall_e_2.html#valle2processor.encode",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Processor.from_pretrained": (
+                "speech/vall_e_2.html#valle2processor.from_pretrained",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Processor.phonemes": (
+                "speech/vall_e_2.html#valle2processor.phonemes",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Processor.save_pretrained": (
+                "speech/vall_e_2.html#valle2processor.save_pretrained",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Stack": (
+                "speech/vall_e_2.html#valle2stack",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Stack.__init__": (
+                "speech/vall_e_2.html#valle2stack.__init__",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Stack.embed_text": (
+                "speech/vall_e_2.html#valle2stack.embed_text",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.VallE2Stack.encode": (
+                "speech/vall_e_2.html#valle2stack.encode",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.ar_batch": ("speech/vall_e_2.html#ar_batch", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.ar_decode": ("speech/vall_e_2.html#ar_decode", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.best_candidate": (
+                "speech/vall_e_2.html#best_candidate",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.check_prompt": (
+                "speech/vall_e_2.html#check_prompt",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.checked_top_p": (
+                "speech/vall_e_2.html#checked_top_p",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.contracts": ("speech/vall_e_2.html#contracts", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.full": ("speech/vall_e_2.html#full", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.group_labels": (
+                "speech/vall_e_2.html#group_labels",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.grouped": ("speech/vall_e_2.html#grouped", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.hits_needed": (
+                "speech/vall_e_2.html#hits_needed",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.must_be_last": (
+                "speech/vall_e_2.html#must_be_last",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.nar_batch": ("speech/vall_e_2.html#nar_batch", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.nar_fill": ("speech/vall_e_2.html#nar_fill", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.nar_loss": ("speech/vall_e_2.html#nar_loss", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.nar_split": ("speech/vall_e_2.html#nar_split", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.next_logits": (
+                "speech/vall_e_2.html#next_logits",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.nucleus": ("speech/vall_e_2.html#nucleus", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.padded_rows": (
+                "speech/vall_e_2.html#padded_rows",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.places": ("speech/vall_e_2.html#places", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.ras_sampling": (
+                "speech/vall_e_2.html#ras_sampling",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.refuse_nan": (
+                "speech/vall_e_2.html#refuse_nan",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.register_processor": (
+                "speech/vall_e_2.html#register_processor",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.repeated": ("speech/vall_e_2.html#repeated", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.repetition_aware": (
+                "speech/vall_e_2.html#repetition_aware",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.text_batch": (
+                "speech/vall_e_2.html#text_batch",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.tiny_pair": ("speech/vall_e_2.html#tiny_pair", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.to_the_right": (
+                "speech/vall_e_2.html#to_the_right",
+                "lmlab/speech/vall_e_2.py",
+            ),
+            "lmlab.speech.vall_e_2.train": ("speech/vall_e_2.html#train", "lmlab/speech/vall_e_2.py"),
+            "lmlab.speech.vall_e_2.training_rows": (
+                "speech/vall_e_2.html#training_rows",
+                "lmlab/speech/vall_e_2.py",
+            ),
         },
     },
 }

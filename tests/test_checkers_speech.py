@@ -70,7 +70,9 @@ def hears_padding(self, input_ids, attention_mask, prompt_codes, prompt_mask):
 
 
 def reads_nothing(self, input_ids, attention_mask, prompt_codes, prompt_mask):
-    return TinySpeech.start(self, torch.ones_like(input_ids), torch.ones_like(attention_mask), prompt_codes, prompt_mask)
+    return TinySpeech.start(
+        self, torch.ones_like(input_ids), torch.ones_like(attention_mask), prompt_codes, prompt_mask
+    )
 
 
 def hears_nothing(self, input_ids, attention_mask, prompt_codes, prompt_mask):
@@ -191,7 +193,9 @@ def repeats_prompts(kw):
 
 
 def cleans(kw):
-    return kw | dict(prompt_audio=[np.nan_to_num(w, posinf=1.0) if w.dtype.kind == "f" else w for w in kw["prompt_audio"]])
+    return kw | dict(
+        prompt_audio=[np.nan_to_num(w, posinf=1.0) if w.dtype.kind == "f" else w for w in kw["prompt_audio"]]
+    )
 
 
 def first_channel(kw):
@@ -203,15 +207,24 @@ def flattens(kw):
 
 
 def unscaled(kw):
-    return kw | dict(prompt_audio=[w.astype(np.float32) if w.dtype == np.int16 else w for w in kw["prompt_audio"]])
+    return kw | dict(
+        prompt_audio=[w.astype(np.float32) if w.dtype == np.int16 else w for w in kw["prompt_audio"]]
+    )
 
 
 def wide_integers(kw):
-    return kw | dict(prompt_audio=[w.astype(np.int16) if w.dtype == np.int64 else w for w in kw["prompt_audio"]])
+    return kw | dict(
+        prompt_audio=[w.astype(np.int16) if w.dtype == np.int64 else w for w in kw["prompt_audio"]]
+    )
 
 
 def divides_by_the_peak(kw):
-    return kw | dict(prompt_audio=[w / np.float32(np.abs(w).max(initial=0)) if w.dtype.kind == "f" and len(w) else w for w in kw["prompt_audio"]])
+    return kw | dict(
+        prompt_audio=[
+            w / np.float32(np.abs(w).max(initial=0)) if w.dtype.kind == "f" and len(w) else w
+            for w in kw["prompt_audio"]
+        ]
+    )
 
 
 def nan_for_short(self, out):
@@ -310,7 +323,9 @@ def test_a_healthy_pair_passes():
 
 def test_declared_otherwise():
     "Two channels mixed and integers refused are fine where they are declared"
-    mixed = prepares(lambda kw: kw | dict(prompt_audio=[w.mean(0) if w.ndim == 2 else w for w in kw["prompt_audio"]]))
+    mixed = prepares(
+        lambda kw: kw | dict(prompt_audio=[w.mean(0) if w.ndim == 2 else w for w in kw["prompt_audio"]])
+    )
 
     def no_integers(self, wave):
         if torch.as_tensor(wave).dtype == torch.int16:

@@ -12,7 +12,9 @@ from datasets import Dataset, Features, Value
 
 from lmlab.speech import common as C
 
-espeak = pytest.mark.skipif(not C.have_espeak(), reason="espeak-ng is not installed: apt-get install espeak-ng")
+espeak = pytest.mark.skipif(
+    not C.have_espeak(), reason="espeak-ng is not installed: apt-get install espeak-ng"
+)
 
 
 def tone(hz, n, rate=8000):
@@ -35,7 +37,15 @@ def takes(tmp_path):
     folder = tmp_path / "fsdd"
     folder.mkdir()
     cuts = np.cumsum([0, *map(len, parts)])
-    np.savez(folder / "train.npz", audio=np.concatenate(parts), offsets=cuts, digit=d.astype(np.int8), speaker=s, index=i, rate=8000)
+    np.savez(
+        folder / "train.npz",
+        audio=np.concatenate(parts),
+        offsets=cuts,
+        digit=d.astype(np.int8),
+        speaker=s,
+        index=i,
+        rate=8000,
+    )
     return tmp_path, parts, rows
 
 
@@ -48,14 +58,25 @@ def test_packed_digits(takes, monkeypatch):
         assert ds.column_names == ["audio", "rate", "text", "speaker", "id"]
         for r, w in zip(ds, C.waves(ds), strict=True):
             d, s, i = r["id"].split("_")
-            assert int(i) in allowed and r["text"] == C.DIGITS[int(d)] and r["speaker"] == s and r["rate"] == 8000
+            assert (
+                int(i) in allowed
+                and r["text"] == C.DIGITS[int(d)]
+                and r["speaker"] == s
+                and r["rate"] == 8000
+            )
             want = parts[rows.index((int(d), s, int(i)))] / np.float32(32768)
             assert np.array_equal(w.numpy(), want)
         seen |= set(ds["id"])
     assert len(seen) == 240
     few = C.speech("fsdd", "train", limit=7, seed=3)
-    assert few["id"][:] == C.speech("fsdd", "train", limit=7, seed=3)["id"][:] != C.speech("fsdd", "train", limit=7, seed=4)["id"][:]
-    assert len(C.speech("fsdd", "train", 16000, limit=1)["audio"][0]) == 2 * len(C.speech("fsdd", "train", limit=1)["audio"][0])
+    assert (
+        few["id"][:]
+        == C.speech("fsdd", "train", limit=7, seed=3)["id"][:]
+        != C.speech("fsdd", "train", limit=7, seed=4)["id"][:]
+    )
+    assert len(C.speech("fsdd", "train", 16000, limit=1)["audio"][0]) == 2 * len(
+        C.speech("fsdd", "train", limit=1)["audio"][0]
+    )
 
 
 def test_a_folder_of_recordings_is_the_same(takes, tmp_path, monkeypatch):
@@ -66,7 +87,10 @@ def test_a_folder_of_recordings_is_the_same(takes, tmp_path, monkeypatch):
     monkeypatch.setenv("LMLAB_DATA", str(root))
     packed = C.speech("fsdd", "test")
     assert sorted(ds["id"]) == sorted(packed["id"])
-    a, b = dict(zip(ds["id"], C.waves(ds), strict=True)), dict(zip(packed["id"], C.waves(packed), strict=True))
+    a, b = (
+        dict(zip(ds["id"], C.waves(ds), strict=True)),
+        dict(zip(packed["id"], C.waves(packed), strict=True)),
+    )
     assert all((a[k] - b[k]).abs().max() <= 1 / 32767 for k in a)
 
 
@@ -94,7 +118,11 @@ def test_a_folder_with_texts_and_a_table(tmp_path):
         w = csv.DictWriter(f, rows[0])
         w.writeheader(), w.writerows(rows)
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert sorted(C.speech(str(tmp_path / "t.csv"), "test")["text"]) == sorted(C.speech(str(tmp_path / "t.jsonl"), "test")["text"]) == sorted(ds["text"])
+    assert (
+        sorted(C.speech(str(tmp_path / "t.csv"), "test")["text"])
+        == sorted(C.speech(str(tmp_path / "t.jsonl"), "test")["text"])
+        == sorted(ds["text"])
+    )
     (tmp_path / "bad.jsonl").write_text(json.dumps(dict(file="train/ann/0.wav")))
     with pytest.raises(ValueError, match="text"):
         C.speech(str(tmp_path / "bad.jsonl"))
@@ -120,13 +148,30 @@ def test_librispeech_and_vctk_rows():
     x = tone(440, 1600, 16000)
     libri = Dataset.from_dict(
         dict(
-            file=["a.flac"], audio=[dict(bytes=flac(x, 16000), path="a.flac")], text=["FOUR TWO"], speaker_id=[19], chapter_id=[198], id=["19-198-0000"]
+            file=["a.flac"],
+            audio=[dict(bytes=flac(x, 16000), path="a.flac")],
+            text=["FOUR TWO"],
+            speaker_id=[19],
+            chapter_id=[198],
+            id=["19-198-0000"],
         ),
-        features=Features(file=Value("string"), audio=SOUND, text=Value("string"), speaker_id=Value("int64"), chapter_id=Value("int64"), id=Value("string")),
+        features=Features(
+            file=Value("string"),
+            audio=SOUND,
+            text=Value("string"),
+            speaker_id=Value("int64"),
+            chapter_id=Value("int64"),
+            id=Value("string"),
+        ),
     ).cast_column("audio", Audio(16000, decode=False))
     for form in (libri, libri.to_iterable_dataset()):
         (row,) = C.hub_rows(form)
-        assert (row["text"], row["speaker"], row["id"], row["rate"]) == ("FOUR TWO", "19", "19-198-0000", 16000)
+        assert (row["text"], row["speaker"], row["id"], row["rate"]) == (
+            "FOUR TWO",
+            "19",
+            "19-198-0000",
+            16000,
+        )
         assert np.abs(row["audio"].numpy() - x).max() < 1e-4
     vctk = Dataset.from_dict(
         dict(
@@ -135,7 +180,9 @@ def test_librispeech_and_vctk_rows():
         )
     ).cast_column("audio", Audio(48000, decode=False))  # fmt: skip
     (row,) = C.hub_rows(vctk)
-    assert (row["text"], row["speaker"], row["rate"]) == ("Please call Stella.", "p225", 48000) and row["id"].startswith("p225")
+    assert (row["text"], row["speaker"], row["rate"]) == ("Please call Stella.", "p225", 48000) and row[
+        "id"
+    ].startswith("p225")
     with pytest.raises(ValueError, match="text"):
         C.hub_rows(vctk.remove_columns("text"))
 
@@ -171,7 +218,11 @@ def test_resampling_against_scipy():
 def test_strings_of_digits(takes):
     root, *_ = takes
     ds = C.speech(str(root / "fsdd" / "train.npz"), "train")
-    a, b, c = C.digit_strings(ds, 20, seed=1), C.digit_strings(ds, 20, seed=1), C.digit_strings(ds, 20, seed=2)
+    a, b, c = (
+        C.digit_strings(ds, 20, seed=1),
+        C.digit_strings(ds, 20, seed=1),
+        C.digit_strings(ds, 20, seed=2),
+    )
     assert a.to_dict() == b.to_dict() != c.to_dict()
     assert all(3 <= len(t.split()) <= 6 for t in a["text"]) and set(a["speaker"]) == {"ann", "bob"}
     for w in C.waves(a):
@@ -200,7 +251,9 @@ def test_times_of_phonemes():
         assert len(s) == len(r["phonemes"]) and s == sorted(s) and 0 <= s[0] and s[-1] < n
         x = np.array(r["audio"])
         bounds = list(zip(r["phonemes"], s, [*s[1:], n], strict=True))
-        power = lambda kinds, x=x, bounds=bounds: np.concatenate([x[a:b] ** 2 for p, a, b in bounds if p in kinds]).mean()
+        power = lambda kinds, x=x, bounds=bounds: np.concatenate(
+            [x[a:b] ** 2 for p, a, b in bounds if p in kinds]
+        ).mean()
         assert power(("O:", "u:", "aI")) > 30 * power(("_", "_:"))
     slow, fast = (len(C.espeak(["four two nine"], "en", speed=v)["audio"][0]) for v in (100, 250))
     assert slow > 1.5 * fast
@@ -256,9 +309,15 @@ def test_frames_of_phonemes(seed):
 def test_a_codec_learns():
     "A few dozen steps on tones: better than before, and every prefix of the codebooks is better than a shorter one"
     sound = [torch.from_numpy(tone(200 + 37 * k, 4000)) for k in range(12)]
-    config = C.codec_config(codebooks=4, size=16, ratios=(4, 5, 8), num_residual_layers=1, num_filters=4, hidden_size=16)
-    raw, done = (C.train_codec(sound, config, steps=n, batch_size=4, seconds=0.2, progress=False) for n in (2, 60))
-    loss = lambda c: np.mean([C.spectral_loss(c.decode(c.encode(w))[None, : len(w)], w[None], 8000).item() for w in sound[:4]])
+    config = C.codec_config(
+        codebooks=4, size=16, ratios=(4, 5, 8), num_residual_layers=1, num_filters=4, hidden_size=16
+    )
+    raw, done = (
+        C.train_codec(sound, config, steps=n, batch_size=4, seconds=0.2, progress=False) for n in (2, 60)
+    )
+    loss = lambda c: np.mean(
+        [C.spectral_loss(c.decode(c.encode(w))[None, : len(w)], w[None], 8000).item() for w in sound[:4]]
+    )
     assert loss(done) < 0.8 * loss(raw)
     z = done.model.encoder(torch.stack(sound)[:, None])
     left = []
@@ -267,7 +326,10 @@ def test_a_codec_learns():
         left.append((z - q).square().mean().item())
     assert left == sorted(left, reverse=True) and left[-1] < 0.7 * left[0]
     again = C.train_codec(sound, config, steps=2, batch_size=4, seconds=0.2, progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(raw.model.state_dict().values(), again.model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(raw.model.state_dict().values(), again.model.state_dict().values(), strict=True)
+    )
 
 
 def test_a_codec_starts_from_principal_components():
@@ -275,7 +337,10 @@ def test_a_codec_starts_from_principal_components():
     from transformers import EncodecModel
 
     torch.manual_seed(0)
-    x = torch.nn.functional.conv1d(torch.randn(1, 1, 4007), torch.hann_window(8)[None, None])[0, 0, :4000] * 0.05
+    x = (
+        torch.nn.functional.conv1d(torch.randn(1, 1, 4007), torch.hann_window(8)[None, None])[0, 0, :4000]
+        * 0.05
+    )
     blocks = x.view(-1, 16)
     for k, tol in ((16, 0.03), (6, None)):
         m = EncodecModel(C.codec_config(ratios=(16,), num_filters=8, hidden_size=k)).eval()
@@ -303,7 +368,9 @@ def test_the_gradient_passes_the_quantiser():
 def test_a_recogniser_learns_tones(takes):
     root, *_ = takes
     ds = C.digit_strings(C.speech(str(root / "fsdd" / "train.npz"), "train"), 48, (2, 4), level=None)
-    model = C.train_recogniser(ds, steps=150, batch_size=8, lr=8e-3, config=C.RecogniserConfig(hidden_size=48), progress=False)
+    model = C.train_recogniser(
+        ds, steps=150, batch_size=8, lr=8e-3, config=C.RecogniserConfig(hidden_size=48), progress=False
+    )
     said = model.transcribe(C.waves(ds))
     assert C.word_errors(ds["text"][:], said)["wer"] < 0.5  # chance is about 0.9
     assert said == [model.transcribe([w])[0] for w in C.waves(ds)]
@@ -320,7 +387,9 @@ def test_a_damaged_kit_is_trained_again(takes, tmp_path, monkeypatch):
     tiny = dict(strings=8, synthetic=0, held_out=4, codec=1, recogniser=1, speaker=1, again=2, first=1.0)
     monkeypatch.setitem(C.SIZES, "smoke", tiny)
     monkeypatch.setattr(C, "have_espeak", lambda: False)
-    get = lambda: C.speech_kit("smoke", source=str(root / "fsdd" / "train.npz"), folder=tmp_path / "kits", progress=False)
+    get = lambda: C.speech_kit(
+        "smoke", source=str(root / "fsdd" / "train.npz"), folder=tmp_path / "kits", progress=False
+    )
     one, two = get(), get()
     w = C.waves(one.test)[0]
     assert torch.equal(one.codec.encode(w), two.codec.encode(w)) and one.report.keys() == two.report.keys()
