@@ -105,7 +105,7 @@ def search_reference(lists, qptr, qids, qweights, k):
     bases = np.append(0, np.cumsum(lists.starts[:, -1].astype(np.int64)))
     for i in range(b):
         found = [(np.empty(0, np.int64), np.empty(0, np.float32))]
-        query = list(zip(qids[qptr[i] : qptr[i + 1]].tolist(), qweights[qptr[i] : qptr[i + 1]], strict=False))
+        query = list(zip(qids[qptr[i] : qptr[i + 1]].tolist(), qweights[qptr[i] : qptr[i + 1]], strict=True))
         for block in range(len(lists.starts)):
             first = block * BLOCK
             acc = np.zeros(min(BLOCK, lists.n - first), np.float32)
@@ -122,7 +122,7 @@ def search_reference(lists, qptr, qids, qweights, k):
             lo, hi = np.searchsorted(lists.empty, (first, first + len(acc)))
             acc[lists.empty[lo:hi] - first] = -np.inf
             found.append(top(acc, k, first))
-        at, s = (np.concatenate(o) for o in zip(*found, strict=False))
+        at, s = (np.concatenate(o) for o in zip(*found, strict=True))
         order = np.lexsort((at, -s))[:k]
         ids[i, : len(order)], scores[i, : len(order)] = at[order], s[order]
     return ids, scores

@@ -4939,6 +4939,10 @@ d = {
                 "retrieval/common.html#as_queries",
                 "lmlab/retrieval/common.py",
             ),
+            "lmlab.retrieval.common.as_texts": (
+                "retrieval/common.html#as_texts",
+                "lmlab/retrieval/common.py",
+            ),
             "lmlab.retrieval.common.check_shift": (
                 "retrieval/common.html#check_shift",
                 "lmlab/retrieval/common.py",
@@ -5142,7 +5146,6 @@ d = {
                 "lmlab/retrieval/svdr.py",
             ),
             "lmlab.retrieval.svdr.across": ("retrieval/svdr.html#across", "lmlab/retrieval/svdr.py"),
-            "lmlab.retrieval.svdr.as_texts": ("retrieval/svdr.html#as_texts", "lmlab/retrieval/svdr.py"),
             "lmlab.retrieval.svdr.bag_of_tokens": (
                 "retrieval/svdr.html#bag_of_tokens",
                 "lmlab/retrieval/svdr.py",

@@ -25,6 +25,7 @@ __all__ = [
     "data_file",
     "qa",
     "evaluate",
+    "as_texts",
     "Bm25",
     "DenseEncoder",
     "hard_negatives",
@@ -1233,6 +1234,19 @@ def evaluate(
 
 
 # %% ../../nbs/retrieval/common.ipynb #beafe083
+def as_texts(
+    texts,  # list, or column of a dataset
+    name: str = "texts",
+) -> list:  # of str
+    "Refuse one string, and what is no string"
+    if isinstance(texts, (str, bytes)) or not hasattr(texts, "__iter__"):
+        refuse(name, f"one {type(texts).__name__}", "a list of str")
+    texts = list(texts)
+    if (bad := next((i for i, t in enumerate(texts) if not isinstance(t, str)), None)) is not None:
+        refuse(name, f"{type(texts[bad]).__name__} at place {bad}", "a str in every place")
+    return texts
+
+
 class Bm25:
     "BM25 of the package `bm25s`, behind the interface of this page"
 
@@ -1246,6 +1260,7 @@ class Bm25:
             import bm25s
         except ImportError as e:
             raise ImportError('Bm25 needs bm25s: pip install "lmlab[retrieval]"') from e
+        texts = as_texts(texts)
         self.package, self.n = bm25s, len(texts)
         self.index = bm25s.BM25(k1=number("k1", k1), b=number("b", b))
         self.index.index(self._words(texts), show_progress=False)
@@ -1271,9 +1286,7 @@ class Bm25:
         k: int = 10,
     ) -> Hits:
         "The best passages"
-        if isinstance(queries, str):
-            refuse("queries", "one str", "a list of str")
-        parts = [Hits.top(self.scores([q]), k) for q in queries]
+        parts = [Hits.top(self.scores([q]), k) for q in as_texts(queries, "queries")]
         return Hits(torch.cat([h.ids for h in parts]), torch.cat([h.scores for h in parts]))
 
 
@@ -1302,9 +1315,8 @@ class DenseEncoder:
         progress: bool = True,
     ) -> Tensor:  # n d  float32, of length 1
         "One vector a text"
-        if isinstance(texts, str):
-            refuse("texts", "one str", "a list of str")
-        texts = list(texts)
+        texts, was = as_texts(texts), self.model.training
+        self.model.eval()
         order, device = sorted(range(len(texts)), key=lambda i: len(texts[i])), self.model.device
         out = torch.zeros(len(texts), self.model.config.hidden_size)
         with progress_bar(not progress, total=len(texts), desc="encode") as bar:
@@ -1320,6 +1332,7 @@ class DenseEncoder:
                 mean = (h * mask).sum(1) / mask.sum(1)
                 out[some] = torch.nn.functional.normalize(mean, dim=-1).cpu()
                 bar.update(len(some))
+        self.model.train(was)
         return out
 
 

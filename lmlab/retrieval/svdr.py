@@ -11,7 +11,6 @@ __all__ = [
     "sparsify",
     "SVDRConfig",
     "SVDREncoder",
-    "as_texts",
     "symmetric_nll",
     "unseen",
     "across",
@@ -38,7 +37,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
 from ..core.compat import PreTrainedModel, StrictConfig, register, strict
 from ..core.fit import fit, number, progress_bar, refuse, whole
 from ..kernels.vocab import vocab_max
-from .common import BinaryTokenIndex, EmbeddingIndex, Hits, check_shift, fingerprint, rerank
+from .common import BinaryTokenIndex, EmbeddingIndex, Hits, as_texts, check_shift, fingerprint, rerank
 
 
 # %% ../../nbs/retrieval/svdr.ipynb #4bc5c94a
@@ -293,19 +292,6 @@ class SVDREncoder(PreTrainedModel):
 
 
 register(SVDRConfig, SVDREncoder)
-
-
-def as_texts(
-    texts,  # list, or column of a dataset
-    name: str = "texts",
-) -> list:  # of str
-    "Refuse one string, and what is no string"
-    if isinstance(texts, (str, bytes)) or not hasattr(texts, "__iter__"):
-        refuse(name, f"one {type(texts).__name__}", "a list of str")
-    texts = list(texts)
-    if (bad := next((i for i, t in enumerate(texts) if not isinstance(t, str)), None)) is not None:
-        refuse(name, f"{type(texts[bad]).__name__} at place {bad}", "a str in every place")
-    return texts
 
 
 # %% ../../nbs/retrieval/svdr.ipynb #eb732db8
@@ -808,7 +794,7 @@ def contracts():
         score=lambda queries, texts: r.encode_queries(queries, "bot") @ r.encode(texts, -1).T,
     )
     words = SimpleNamespace(
-        build=lambda texts: Bm25(as_texts(texts)), search=lambda index, queries, k: index.search(queries, k),
+        build=Bm25, search=lambda index, queries, k: index.search(queries, k),
         score=lambda queries, texts: Bm25(texts).scores(queries),
     )  # fmt: skip
     folder = tempfile.TemporaryDirectory(prefix="lmlab-dense-")
@@ -818,7 +804,7 @@ def contracts():
     vectors = lambda texts: encoder.encode(texts, False)
     dense = SimpleNamespace(
         build=lambda texts: EmbeddingIndex.build(vectors(texts), form="dense", dtype="float32"),
-        search=lambda index, queries, k: index.search(vectors(queries), k), encode=vectors, load=EmbeddingIndex.load,
+        search=lambda index, queries, k: index.search(vectors(queries), k), encode=vectors, load=EmbeddingIndex.load, model=encoder.model,
         score=lambda queries, texts: vectors(queries) @ vectors(texts).T,
         add=lambda index, texts: index.add(vectors(texts)), save=lambda index, path: index.save(path),
     )  # fmt: skip
