@@ -54,7 +54,9 @@ def test_a_chapter_brings_only_what_it_needs(python, training):
         "joblib",
         "sphinx",
         "faiss",
-        "soundfile",
+        "bm25s",
+        "jiwer",
+        "sentence_transformers",
         "trl",
         "tensorflow",
     ]

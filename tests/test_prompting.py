@@ -763,20 +763,20 @@ def lines_in(path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_resumes_to_the_same_report(tmp_path, how):
     path = tmp_path / "t.jsonl"
-    first, end = job(path, 0.1), time.monotonic() + 60
+    first, end = job(path, 0.1), time.monotonic() + 300
     while lines_in(path) < 8 and time.monotonic() < end:
         time.sleep(0.02)
     began = time.monotonic()
     first.send_signal(how)
-    _, said = first.communicate(timeout=30)
-    assert first.returncode != 0 and time.monotonic() - began < 10
+    _, said = first.communicate(timeout=120)
+    assert first.returncode != 0 and time.monotonic() - began < 60
     assert how == signal.SIGKILL or "KeyboardInterrupt" in said
     kept = lines_in(path) - 1
     assert 7 <= kept < 40
     before = Path(f"{path}.calls").stat().st_size
     assert before - kept <= 3  # in flight when it was killed, at most one a worker
     second = job(path, 0)
-    out, said = second.communicate(timeout=60)
+    out, said = second.communicate(timeout=300)
     assert second.returncode == 0, said
     assert Path(f"{path}.calls").stat().st_size - before == 40 - kept
     tasks = make_tasks("sum", n=40)
