@@ -10,10 +10,8 @@ import pytest
 from lmlab.core.ledger import VERDICTS, book_dir, catalogue, code_hash, read_results
 from lmlab.core.runner import run_notebook
 
-BUDGET, LIMIT = (
-    30,
-    300,
-)  # seconds: what a chapter may take on two quiet cores, and what no machine, however slow or busy, may exceed
+BUDGET = 30  # seconds that a page may take on two quiet cores
+LIMIT = 300  # seconds after which a page hangs, on any machine
 BOOK = sorted(
     p.relative_to(book_dir()).with_suffix("").as_posix()
     for p in book_dir().rglob("*.ipynb")

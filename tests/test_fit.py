@@ -610,7 +610,7 @@ def test_sweep(monkeypatch):
 
 
 def test_overhead_of_a_step():
-    "At most twice the processor time of a tiny model's forward, backward and optimiser on top of them"
+    "Under a millisecond of processor time on top of a tiny model's own step; on a slow machine, under one and a half of its steps"
     data, run = job.rows(), dict(batch_size=4, lr=1e-2, loss=job.next_token, progress=False)
 
     def bare(steps):
@@ -633,4 +633,4 @@ def test_overhead_of_a_step():
             (ms(bare), ms(lambda steps: lab.fit(job.tiny(), data, steps=steps, **run))) for _ in range(4)
         ]
     bare_ms, fit_ms = (min(p[i] for p in pairs) for i in (0, 1))
-    assert fit_ms - bare_ms < max(1, 2 * bare_ms), pairs
+    assert fit_ms - bare_ms < max(1, 1.5 * bare_ms), pairs

@@ -242,7 +242,7 @@ def check_loader(
     files: Path,  # a healthy file, or a folder of them
     *,
     cases: int = 1000,  # mutated files, spread over the ways to break each
-    seconds: float = 5.0,  # allowed for one load
+    seconds: float = 2.0,  # allowed for one load
     same=equal_states,  # (original, loaded) -> bool
     protected: tuple = (),  # names of files whose content a hash protects: there nothing but the original may load
     clear: tuple = CLEAR,  # classes of an acceptable error
