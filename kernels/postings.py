@@ -8,6 +8,7 @@ the block instead, which is never larger. A score is the float32 sum of the quer
 ascending order of ids; every backend, number of threads and instruction set returns the same bits.
 """
 
+import contextlib
 import ctypes
 from dataclasses import dataclass, field
 
@@ -240,10 +241,8 @@ class Memo:
         self.handle = None
 
     def __del__(self):
-        try:
+        with contextlib.suppress(Exception):  # the interpreter may be going down
             self.close()
-        except Exception:  # noqa: BLE001, S110  the interpreter is going down
-            pass
 
     def _learn(self, words):
         rows = [np.asarray(r, np.uint32) for r in self.ids_of([w.decode() for w in words])]

@@ -1330,6 +1330,7 @@ d = {
             "lmlab.core.check.math_threads": ("core/check.html#math_threads", "lmlab/core/check.py"),
             "lmlab.core.check.poisoned_memory": ("core/check.html#poisoned_memory", "lmlab/core/check.py"),
             "lmlab.core.check.quiet": ("core/check.html#quiet", "lmlab/core/check.py"),
+            "lmlab.core.check.refused": ("core/check.html#refused", "lmlab/core/check.py"),
             "lmlab.core.check.rel_error": ("core/check.html#rel_error", "lmlab/core/check.py"),
             "lmlab.core.check.run_contract": ("core/check.html#run_contract", "lmlab/core/check.py"),
             "lmlab.core.check.same_bits": ("core/check.html#same_bits", "lmlab/core/check.py"),
@@ -2017,7 +2018,6 @@ d = {
                 "core/check_data.html#_order_is_as_declared",
                 "lmlab/core/check_data.py",
             ),
-            "lmlab.core.check_data._refused": ("core/check_data.html#_refused", "lmlab/core/check_data.py"),
             "lmlab.core.check_data._repeated_rows_are_rows": (
                 "core/check_data.html#_repeated_rows_are_rows",
                 "lmlab/core/check_data.py",
@@ -2820,10 +2820,6 @@ d = {
             ),
             "lmlab.core.check_prompting._prompts_are_pure": (
                 "core/check_prompting.html#_prompts_are_pure",
-                "lmlab/core/check_prompting.py",
-            ),
-            "lmlab.core.check_prompting._refused": (
-                "core/check_prompting.html#_refused",
                 "lmlab/core/check_prompting.py",
             ),
             "lmlab.core.check_prompting._resumed_is_straight": (
@@ -5350,6 +5346,7 @@ d = {
             "lmlab.speech.common.load_wav": ("speech/common.html#load_wav", "lmlab/speech/common.py"),
             "lmlab.speech.common.log_mel": ("speech/common.html#log_mel", "lmlab/speech/common.py"),
             "lmlab.speech.common.mel_filters": ("speech/common.html#mel_filters", "lmlab/speech/common.py"),
+            "lmlab.speech.common.mel_frames": ("speech/common.html#mel_frames", "lmlab/speech/common.py"),
             "lmlab.speech.common.mono": ("speech/common.html#mono", "lmlab/speech/common.py"),
             "lmlab.speech.common.non_termination": (
                 "speech/common.html#non_termination",

@@ -16,6 +16,7 @@ __all__ = [
     "stir",
     "poisoned_memory",
     "same_bits",
+    "refused",
     "math_threads",
     "quiet",
     "compiled",
@@ -305,6 +306,22 @@ def poisoned_memory():
 def same_bits(a, b):
     "Equal bits, NaN equal to NaN"
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def refused(
+    call,  # nothing -> what must not come
+    words: tuple,  # of which the message says at least one
+    what: str,  # came in
+):
+    "Pass when the call raises a ValueError, KeyError or TypeError that names what was wrong"
+    try:
+        call()
+    except (ValueError, KeyError, TypeError) as e:
+        assert any(w in str(e) for w in words), f"{what}: the message names none of {words}: {str(e)[:120]}"
+        return
+    except Exception as e:  # noqa: BLE001
+        raise AssertionError(f"{what}: {type(e).__name__} instead of a ValueError: {str(e)[:100]}") from None
+    raise AssertionError(f"{what} was accepted")
 
 
 @contextlib.contextmanager

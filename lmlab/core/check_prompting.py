@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from .check import Kind, NotApplicable, Report
+from .check import Kind, NotApplicable, Report, refused
 
 # %% ../../nbs/core/check_prompting.ipynb #5b8d0e47
 REFUSALS = (
@@ -114,18 +114,6 @@ def _lucky(c, replies, what):
     right = sum(_right(c, i, r)[0] for i, r in replies)
     assert right <= _above(n, c.chance), f"{what}: {right} of {n} right, chance is {c.chance:.2f}"
     return right / n
-
-
-def _refused(call, words, what):
-    "A ValueError, or a KeyError or TypeError, that says one of the words"
-    try:
-        call()
-    except (ValueError, KeyError, TypeError) as e:
-        assert any(w in str(e) for w in words), f"{what}: the message names none of {words}: {str(e)[:120]}"
-        return
-    except Exception as e:  # noqa: BLE001
-        raise AssertionError(f"{what}: {type(e).__name__} instead of a ValueError: {str(e)[:100]}") from None
-    raise AssertionError(f"{what} was accepted")
 
 
 # %% ../../nbs/core/check_prompting.ipynb #abf79f97
@@ -564,7 +552,7 @@ def _resumed_is_straight(c):
 def _an_unknown_kind_is_refused(c):
     "a kind that does not exist is refused by its name"
     for bad in ("no_such_kind", "", None):
-        _refused(lambda bad=bad: c.f.make_tasks(bad, seed=0), ("kind", repr(bad)), f"kind {bad!r}")
+        refused(lambda bad=bad: c.f.make_tasks(bad, seed=0), ("kind", repr(bad)), f"kind {bad!r}")
 
 
 @prompting("kind")
@@ -572,7 +560,7 @@ def _an_unknown_setting_is_refused(c):
     "a setting that does not exist is refused by its name, by the prompt and by the solver"
     for bad in ("no_such_setting", "", None):
         for name, call in dict(prompt=c.f.prompt, solve=c.f.solve).items():
-            _refused(
+            refused(
                 lambda call=call, bad=bad: call(c.items[0], bad),
                 ("setting", repr(bad)),
                 f"{name}: setting {bad!r}",
@@ -589,12 +577,12 @@ def _a_bad_item_is_refused(c):
     holes |= {f"{k} = None": c.items[0] | {k: None} for k in c.needs}
     for what, item in {"None": None, "{}": {}, "a string": "item", **holes}.items():
         words = ("item", what.split(" ")[0]) if item else ("item", *c.needs)
-        _refused(lambda item=item: c.f.prompt(item, c.settings[0]), words, f"prompt: item {what}")
-        _refused(lambda item=item: c.f.grade(item, reply), words, f"grade: item {what}")
+        refused(lambda item=item: c.f.prompt(item, c.settings[0]), words, f"prompt: item {what}")
+        refused(lambda item=item: c.f.grade(item, reply), words, f"grade: item {what}")
 
 
 @prompting("kind")
 def _a_bad_size_is_refused(c):
     "a seed that is no whole number is refused by its name"
     for bad in (-1, 0.5, "0", None):
-        _refused(lambda bad=bad: c.f.make_tasks(c.kind, seed=bad, **c.make), ("seed",), f"seed {bad!r}")
+        refused(lambda bad=bad: c.f.make_tasks(c.kind, seed=bad, **c.make), ("seed",), f"seed {bad!r}")

@@ -51,6 +51,7 @@ __all__ = [
     "codec_report",
     "RecogniserConfig",
     "normalised",
+    "mel_frames",
     "Recogniser",
     "train_recogniser",
     "word_errors",
@@ -1389,6 +1390,18 @@ def normalised(
     return ((mel - (mel * keep).sum(1, keepdim=True) / lengths[:, None, None]) * keep).to(mel)
 
 
+def mel_frames(
+    input_values: Tensor,  # b n
+    lengths: Tensor | None,  # b  samples; None: all of them
+    config,  # with sampling_rate, bins, hop
+) -> tuple[Tensor, Tensor]:  # b t bins, normalised; b, real frames
+    "What both listeners read"
+    if lengths is None:
+        lengths = torch.full((len(input_values),), input_values.shape[1], device=input_values.device)
+    n = (lengths + config.hop - 1) // config.hop
+    return normalised(log_mel(input_values, config.sampling_rate, config.bins, config.hop), n), n
+
+
 class Recogniser(PreTrainedModel):
     "Log-mel frames, two convolutions, residual convolutions that reach further and further, CTC; padding changes nothing"
 
@@ -1414,13 +1427,7 @@ class Recogniser(PreTrainedModel):
         labels: Tensor = None,  # b l  int64, -100 at padding
     ):  # logits `b t v+1`, frames `b`, and the loss with `labels`
         c = self.config
-        lengths = (
-            torch.full((len(input_values),), input_values.shape[1], device=input_values.device)
-            if lengths is None
-            else lengths
-        )
-        n = (lengths + c.hop - 1) // c.hop
-        x = normalised(log_mel(input_values, c.sampling_rate, c.bins, c.hop), n)
+        x, n = mel_frames(input_values, lengths, c)
         for conv, norm in zip(self.conv, self.norm, strict=True):
             n = (n - 1) // conv.stride[0] + 1
             x = F.gelu(norm(conv(x.transpose(1, 2)).transpose(1, 2)))
@@ -1661,13 +1668,7 @@ class SpeakerEncoder(PreTrainedModel):
         labels: Tensor = None,  # b  or b 1, numbers of speakers
     ):  # embedding `b e`, logits `b s`, and the loss with `labels`
         c = self.config
-        lengths = (
-            torch.full((len(input_values),), input_values.shape[1], device=input_values.device)
-            if lengths is None
-            else lengths
-        )
-        n = (lengths + c.hop - 1) // c.hop
-        x = normalised(log_mel(input_values, c.sampling_rate, c.bins, c.hop), n)
+        x, n = mel_frames(input_values, lengths, c)
         keep = _mask(n, x.shape[1])[..., None]
         for conv, norm in zip(self.conv, self.norm, strict=True):
             x = F.gelu(norm(conv(x.transpose(1, 2)).transpose(1, 2))) * keep
