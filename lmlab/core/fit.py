@@ -6,9 +6,6 @@
 __all__ = [
     "SCHEDULES",
     "HISTORY",
-    "refuse",
-    "whole",
-    "number",
     "warmup_steps",
     "rate",
     "factors",
@@ -74,40 +71,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-
-# %% ../../nbs/core/fit.ipynb #2f62b31c
-def refuse(
-    name: str,  # argument
-    got: str,  # what came
-    allowed: str,  # what is allowed
-):
-    "Raise a `ValueError` that names the argument, what came and what is allowed"
-    raise ValueError(f"{name}: got {got}, allowed: {allowed}")
-
-
-def whole(
-    name: str,  # argument
-    x,  # its value
-    least: int = 1,  # smallest value allowed
-) -> int:
-    "`x` as an int, refused unless it is a whole number of at least `least`"
-    if isinstance(x, bool) or not hasattr(x, "__index__") or x.__index__() < least:
-        refuse(name, repr(x), f"a whole number, {least} or more")
-    return x.__index__()
-
-
-def number(
-    name: str,  # argument
-    x,  # its value
-    least: float = 0.0,  # lower bound
-    open_end: bool = False,  # is the bound itself excluded?
-) -> float:
-    "`x` as a float, refused unless it is finite and at least (or above) `least`"
-    ok = isinstance(x, (int, float, np.number)) and not isinstance(x, bool) and math.isfinite(x)
-    if not ok or x < least or (open_end and x == least):
-        refuse(name, repr(x), f"a finite number {'above' if open_end else 'of at least'} {least:g}")
-    return float(x)
-
+from .ledger import number, refuse, whole
 
 # %% ../../nbs/core/fit.ipynb #a9e8739c
 SCHEDULES = ("constant", "cosine", "linear", "wsd")

@@ -15,6 +15,9 @@ __all__ = [
     "find",
     "notebook",
     "built",
+    "refuse",
+    "whole",
+    "number",
     "rule_names",
     "holds",
     "Claim",
@@ -27,7 +30,7 @@ __all__ = [
     "state",
     "best",
     "all_results",
-    "number",
+    "shown",
     "claim_row",
     "markdown_table",
 ]
@@ -39,6 +42,7 @@ import difflib
 import hashlib
 import json
 import math
+import numbers
 import operator
 import os
 import tempfile
@@ -131,6 +135,40 @@ def notebook(
 def built(slug: str) -> bool:
     "Has the chapter been written?"
     return notebook(slug).exists()
+
+
+# %% ../../nbs/core/ledger.ipynb #2f62b31c
+def refuse(
+    name: str,  # argument
+    got: str,  # what came
+    allowed: str,  # what is allowed
+):
+    "Raise a `ValueError` that names the argument, what came and what is allowed"
+    raise ValueError(f"{name}: got {got}, allowed: {allowed}")
+
+
+def whole(
+    name: str,  # argument
+    x,  # its value
+    least: int = 1,  # smallest value allowed
+) -> int:
+    "`x` as an int, refused unless it is a whole number of at least `least`"
+    if isinstance(x, bool) or not hasattr(x, "__index__") or x.__index__() < least:
+        refuse(name, repr(x), f"a whole number, {least} or more")
+    return x.__index__()
+
+
+def number(
+    name: str,  # argument
+    x,  # its value
+    least: float = 0.0,  # lower bound
+    open_end: bool = False,  # is the bound itself excluded?
+) -> float:
+    "`x` as a float, refused unless it is finite and at least (or above) `least`"
+    ok = isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+    if not ok or x < least or (open_end and x == least):
+        refuse(name, repr(x), f"a finite number {'above' if open_end else 'of at least'} {least:g}")
+    return float(x)
 
 
 # %% ../../nbs/core/ledger.ipynb #e8ad5bd8
@@ -404,7 +442,7 @@ def all_results() -> dict:  # (slug, scale) -> results, with `state` added
 
 
 # %% ../../nbs/core/ledger.ipynb #83428b77
-def number(
+def shown(
     x,  # a number or None
 ) -> str:
     "Four significant digits at most, `–` for nothing"
@@ -421,7 +459,7 @@ def claim_row(
     c: dict,  # a claim as stored
 ) -> dict:  # column -> text
     "One line of the claims table"
-    pm = lambda m, s: number(m) + (f" ± {number(s)}" if s is not None else "")
+    pm = lambda m, s: shown(m) + (f" ± {shown(s)}" if s is not None else "")
     unit = f" {c['unit']}" if c.get("unit") else ""
     return {
         "claim": f"{c['id']}: {c['statement']}",

@@ -69,27 +69,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..core.chapter import Table
-from ..core.ledger import nearest
-
-
-def _refuse(name, got, allowed):
-    "Refuse an argument; `lmlab.core.fit` imports torch, which a client of a server does not need"
-    from lmlab.core.fit import refuse
-
-    refuse(name, got, allowed)
-
-
-def _whole(name, x, least=1):
-    if isinstance(x, bool) or not hasattr(x, "__index__") or x.__index__() < least:
-        _refuse(name, repr(x), f"a whole number, {least} or more")
-    return x.__index__()
-
-
-def _number(name, x, least=0.0):
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x) or x < least:
-        _refuse(name, repr(x), f"a finite number of at least {least:g}")
-    return float(x)
-
+from ..core.ledger import nearest, number, refuse, whole
 
 # %% ../../nbs/prompting/common.ipynb #b11c9b16
 ROLES = ("system", "user", "assistant")
@@ -122,18 +102,18 @@ def messages_of(
     if isinstance(messages, str):
         messages = [dict(role="user", content=messages)]
     if not isinstance(messages, (list, tuple)) or not messages:
-        _refuse("messages", repr(messages)[:80], "a list of dicts with role and content, at least one")
+        refuse("messages", repr(messages)[:80], "a list of dicts with role and content, at least one")
     for i, m in enumerate(messages):
         if not isinstance(m, dict) or set(m) != {"role", "content"}:
-            _refuse("messages", f"{repr(m)[:80]} at {i}", "a dict with role and content")
+            refuse("messages", f"{repr(m)[:80]} at {i}", "a dict with role and content")
         if m["role"] not in ROLES or not isinstance(m["content"], str):
-            _refuse(
+            refuse(
                 "messages",
                 f"role {m['role']!r}, content {repr(m['content'])[:40]} at {i}",
                 f"a role of {', '.join(ROLES)} and a string",
             )
     if messages[-1]["role"] != "user":
-        _refuse("messages", f"role {messages[-1]['role']!r} at the end", "a question of the user at the end")
+        refuse("messages", f"role {messages[-1]['role']!r} at the end", "a question of the user at the end")
     return [dict(m) for m in messages]
 
 
@@ -216,7 +196,7 @@ def _plain(o):
         return o.hex()
     if hasattr(o, "isoformat") or isinstance(o, Path):
         return str(o)
-    return _refuse("items", f"a {type(o).__name__}", "plain values, which are the same in the next process")
+    return refuse("items", f"a {type(o).__name__}", "plain values, which are the same in the next process")
 
 
 def _keywords(fn):
@@ -254,11 +234,11 @@ class LocalChat:
         **generation,  # of `generate`, e.g. top_p=0.9, repetition_penalty=1.1
     ):
         self.model, self.tokenizer = _load(model, tokenizer)
-        self.max_new_tokens, self.batch = _whole("max_new_tokens", max_new_tokens), _whole("batch", batch)
-        self.temperature, self.seed = _number("temperature", temperature), _whole("seed", seed, 0)
+        self.max_new_tokens, self.batch = whole("max_new_tokens", max_new_tokens), whole("batch", batch)
+        self.temperature, self.seed = number("temperature", temperature), whole("seed", seed, 0)
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(s, str) and s for s in self.stop):
-            _refuse("stop", repr(stop), "strings that are not empty")
+            refuse("stop", repr(stop), "strings that are not empty")
         self.template = getattr(self.tokenizer, "chat_template", None) is not None
         self.top_p, self.generation = generation.pop("top_p", None), dict(repetition_penalty=1.0) | generation
         own = dict(
@@ -284,10 +264,10 @@ class LocalChat:
         seeds: list = None,  # one a question; None: that of the chat
     ) -> list:  # of Reply, in the order of the questions
         "The answers to many questions, worked on in batches of about equal length"
-        heat = self.temperature if temperature is None else _number("temperature", temperature)
+        heat = self.temperature if temperature is None else number("temperature", temperature)
         seeds = [self.seed] * len(many) if seeds is None else list(seeds)
         if len(seeds) != len(many):
-            _refuse("seeds", f"{len(seeds)} values", f"one for each of the {len(many)} questions")
+            refuse("seeds", f"{len(seeds)} values", f"one for each of the {len(many)} questions")
         ids = [self.encode(m) for m in many]
         order, out = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i)), [None] * len(ids)
         with self._lock:
@@ -327,7 +307,7 @@ class LocalChat:
             ids.pop()  # the answer is to follow
         room = getattr(self.model.config, "max_position_embeddings", None)
         if room and len(ids) + self.max_new_tokens > room:
-            _refuse(
+            refuse(
                 "messages",
                 f"{len(ids)} tokens",
                 f"at most {room - self.max_new_tokens}: {room} positions, of which max_new_tokens takes {self.max_new_tokens}",
@@ -410,13 +390,13 @@ def _load(model, tokenizer):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     if not hasattr(model, "generate"):
-        _refuse(
+        refuse(
             "model",
             type(model).__name__,
             "a Hub id, a folder, a causal model of transformers, or a text-generation pipeline",
         )
     if tokenizer is None:
-        _refuse("tokenizer", "None", "the tokenizer of the model")
+        refuse("tokenizer", "None", "the tokenizer of the model")
     return model, tokenizer
 
 
@@ -535,7 +515,7 @@ class ServerChat:
             or url.fragment
             or url.username
         ):
-            _refuse(
+            refuse(
                 "base_url",
                 repr(_host_only(base_url)),
                 "http://host:port/v1 or https://…, without user, query and fragment",
@@ -543,24 +523,24 @@ class ServerChat:
         path = url.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
         self.url = f"{url.scheme}://{url.netloc}{path}/chat/completions"
         if not isinstance(model, str) or not model:
-            _refuse("model", repr(model), "the name of a model, as the server calls it")
+            refuse("model", repr(model), "the name of a model, as the server calls it")
         self.model, self._sleep, self._random = model, sleep, random.Random()
-        self.timeout, self.retries = _number("timeout", timeout), _whole("retries", retries, 0)
-        self.backoff, self.max_wait = _number("backoff", backoff), _number("max_wait", max_wait)
+        self.timeout, self.retries = number("timeout", timeout), whole("retries", retries, 0)
+        self.backoff, self.max_wait = number("backoff", backoff), number("max_wait", max_wait)
         local = url.hostname in ("localhost", "127.0.0.1", "::1")
         safe = local or url.scheme == "https"  # a key that nobody named here is not sent in the open
         self._key = api_key or (os.environ.get(key_env) if safe else None) or None
         if self._key and not re.fullmatch(r"[\x21-\x7e]+", self._key):
-            _refuse(
+            refuse(
                 "api_key",
                 f"{len(self._key)} characters, some of them blanks or not ASCII",
                 "a key as it was issued",
             )
         stop = [stop] if isinstance(stop, str) else list(stop)
         self.body = (
-            {limit: _whole("max_new_tokens", max_new_tokens)} | (dict(stop=stop) if stop else {}) | body
+            {limit: whole("max_new_tokens", max_new_tokens)} | (dict(stop=stop) if stop else {}) | body
         )
-        self.temperature, self.seed = _number("temperature", temperature), seed
+        self.temperature, self.seed = number("temperature", temperature), seed
         sampling = dict(temperature=self.temperature, seed=seed)
         self.name = (
             f"{model} at {url.netloc}({', '.join(f'{k}={v!r}' for k, v in (sampling | self.body).items())})"
@@ -576,7 +556,7 @@ class ServerChat:
         "The answer to one question"
         seed = self.seed if seed is None else seed
         sampling = dict(
-            temperature=self.temperature if temperature is None else _number("temperature", temperature)
+            temperature=self.temperature if temperature is None else number("temperature", temperature)
         )
         sampling |= {} if seed is None else dict(seed=seed)
         data = json.dumps(
@@ -848,19 +828,19 @@ def _sentence(span):
 def _reader(choices, pattern):
     "(text, is an answer expected? None: is it all of the line?) -> the answer or None"
     if choices is not None and pattern is not None:
-        _refuse("choices, pattern", "both", "one of them, or neither")
+        refuse("choices, pattern", "both", "one of them, or neither")
     if pattern is not None:
         return lambda o, expected: _read_pattern(re.compile(pattern, re.I), o, expected)
     if choices is None:
         return lambda o, expected: o.strip(" \t\"'.,") or None
     if isinstance(choices, str) or not choices or not all(isinstance(c, str) and c.strip() for c in choices):
-        _refuse("choices", repr(choices), "a list of words, or a dict from letter to words")
+        refuse("choices", repr(choices), "a list of words, or a dict from letter to words")
     if isinstance(choices, dict):
         letters, words, out = list(choices), list(choices.values()), list(choices)
     else:
         letters, words, out = [chr(65 + i) for i in range(len(choices))], list(choices), list(choices)
     if len(letters) > 26 or len({w.casefold() for w in words}) != len(words):
-        _refuse("choices", repr(choices), "at most 26, all different")
+        refuse("choices", repr(choices), "at most 26, all different")
     names = {a.casefold(): i for i, a in enumerate(letters)}
     if all(len(w) == 1 for w in words):  # the choices are letters themselves
         names = {w.casefold(): i for i, w in enumerate(words)}
@@ -970,7 +950,7 @@ ASKS = dict(
 
 def _allowed(name, got, allowed):
     if got not in allowed:
-        _refuse(name, repr(got), ", ".join(map(repr, allowed)))
+        refuse(name, repr(got), ", ".join(map(repr, allowed)))
 
 
 def make_tasks(
@@ -985,13 +965,13 @@ def make_tasks(
 
     _allowed("kind", kind, KINDS)
     n, terms, rng, rows = (
-        _whole("n", n),
-        _whole("terms", terms, 2),
-        random.Random(f"{kind} {_whole('seed', seed, 0)}"),
+        whole("n", n),
+        whole("terms", terms, 2),
+        random.Random(f"{kind} {whole('seed', seed, 0)}"),
         {},
     )
     if n > 20 ** (terms - 1):
-        _refuse("n", repr(n), f"at most {20 ** (terms - 1)} with {terms} terms")
+        refuse("n", repr(n), f"at most {20 ** (terms - 1)} with {terms} terms")
     while len(rows) < n:
         numbers = [rng.randint(1, 40) for _ in range(terms)]
         other = 0
@@ -1026,16 +1006,16 @@ def prompt(
 def _numbers(item):
     have = set(item) if isinstance(item, dict) else type(item).__name__
     if not isinstance(item, dict) or not {"kind", "numbers", "other", "answer"} <= have:
-        _refuse("item", str(have), "a dict with kind, numbers, other and answer")
+        refuse("item", str(have), "a dict with kind, numbers, other and answer")
     _allowed("item kind", item["kind"], KINDS)
     if (
         not isinstance(item["numbers"], (list, tuple))
         or not all(type(x) is int for x in item["numbers"])
         or type(item["other"]) is not int
     ):
-        _refuse("item", repr(item)[:80], "whole numbers in numbers and other")
+        refuse("item", repr(item)[:80], "whole numbers in numbers and other")
     if not isinstance(item["answer"], str):
-        _refuse("item", f"answer {item['answer']!r}", "an answer that is a string")
+        refuse("item", f"answer {item['answer']!r}", "an answer that is a string")
     return item["numbers"]
 
 
@@ -1090,7 +1070,7 @@ class Transcript:
         try:
             self._held.acquire(timeout=0)
         except Timeout:
-            _refuse("transcript", str(path), "a file that no other run is writing to")
+            refuse("transcript", str(path), "a file that no other run is writing to")
         try:
             self._open()
         except BaseException:
@@ -1121,10 +1101,10 @@ class Transcript:
         except (ValueError, KeyError, TypeError):
             had = None
         if not isinstance(had, dict):
-            _refuse("transcript", str(self.path), "a transcript of this program, or a new file")
+            refuse("transcript", str(self.path), "a transcript of this program, or a new file")
         for k in sorted(had.keys() | self.settings.keys()):
             if had.get(k) != self.settings.get(k):
-                _refuse(
+                refuse(
                     "transcript",
                     f"{self.path}, begun with {k} = {had.get(k)!r}",
                     f"one of {k} = {self.settings.get(k)!r}, or a new file",
@@ -1172,21 +1152,21 @@ def run(
     progress: bool = True,  # a bar, for runs of more than two seconds
 ):  # a `Report`
     "Ask a chat about every item, and grade what it says"
-    samples, workers, seed = _whole("samples", samples), _whole("workers", workers), _whole("seed", seed, 0)
+    samples, workers, seed = whole("samples", samples), whole("workers", workers), whole("seed", seed, 0)
     if not callable(chat):
-        _refuse("chat", type(chat).__name__, "a callable from messages to a string")
+        refuse("chat", type(chat).__name__, "a callable from messages to a string")
     known = {"temperature", "seed"} if hasattr(chat, "many") else _keywords(chat)
-    heat = getattr(chat, "temperature", 0) if temperature is None else _number("temperature", temperature)
+    heat = getattr(chat, "temperature", 0) if temperature is None else number("temperature", temperature)
     if heat and temperature and "temperature" not in known:
-        _refuse("temperature", repr(temperature), f"None, since {name_of(chat)} takes no temperature")
+        refuse("temperature", repr(temperature), f"None, since {name_of(chat)} takes no temperature")
     if samples > 1 and not heat and not isinstance(chat, Scripted):
-        _refuse(
+        refuse(
             "samples",
             f"{samples} at temperature 0",
             "one, or a temperature above 0: greedy answers are all the same",
         )
-    budget = math.inf if budget_tokens is None else _whole("budget_tokens", budget_tokens)
-    give_up = math.inf if give_up is None else _whole("give_up", give_up)
+    budget = math.inf if budget_tokens is None else whole("budget_tokens", budget_tokens)
+    give_up = math.inf if give_up is None else whole("give_up", give_up)
     settings = dict(chat=name_of(chat), setting=setting, temperature=temperature, seed=seed)
     items = [dict(o) if isinstance(o, dict) else o for o in items]
     jobs, errors = _jobs(items, prompt, setting, samples, settings)
@@ -1235,9 +1215,7 @@ def _ask_all(chat, jobs, book, seeded, temperature, workers, budget, give_up, pr
         nonlocal spent, row
         record = _record(j.key, reply, error, time.perf_counter() - began)
         if math.isfinite(budget) and "error" not in record and record["prompt_tokens"] is None:
-            _refuse(
-                "budget_tokens", repr(budget), "None, since the chat does not say how many tokens it used"
-            )
+            refuse("budget_tokens", repr(budget), "None, since the chat does not say how many tokens it used")
         book.add(record)
         spent, row = spent + _tokens(record), row + 1 if "error" in record else 0
         if row >= give_up:
@@ -1497,8 +1475,8 @@ class Report:
     ) -> float:  # in the currency of the prices
         "What the answered calls cost; NaN where the tokens are not known"
         parts = [
-            (self.total("prompt_tokens"), _number("prompt", prompt)),
-            (self.total("completion_tokens"), _number("completion", completion)),
+            (self.total("prompt_tokens"), number("prompt", prompt)),
+            (self.total("completion_tokens"), number("completion", completion)),
         ]
         return math.nan if any(t is None for t, _ in parts) else sum(t * price for t, price in parts) / 1e6
 
@@ -1510,7 +1488,7 @@ class Report:
         out = {}
         for r in self.rows:
             if by not in r["fields"] and by not in r["grades"] and r["status"] == "ok":
-                _refuse(
+                refuse(
                     "by",
                     repr(by),
                     f"a field of the items: {', '.join(r['fields'])}.{nearest(by, r['fields'])}",
@@ -1608,17 +1586,17 @@ class majority:
         temperature: float = 0.7,
     ):
         if samples is None and tokens is None:
-            _refuse("samples, tokens", "neither", "one of them, or both")
-        self.samples = 64 if samples is None else _whole("samples", samples)
-        self.tokens = None if tokens is None else _whole("tokens", tokens)
+            refuse("samples, tokens", "neither", "one of them, or both")
+        self.samples = 64 if samples is None else whole("samples", samples)
+        self.tokens = None if tokens is None else whole("tokens", tokens)
         if missing := {"temperature", "seed"} - _keywords(chat):
-            _refuse(
+            refuse(
                 "chat",
                 name_of(chat),
                 f"one that takes {' and '.join(sorted(missing))}: equal answers make no vote",
             )
-        if not (temperature := _number("temperature", temperature)):
-            _refuse("temperature", "0", "above 0: greedy answers are all the same")
+        if not (temperature := number("temperature", temperature)):
+            refuse("temperature", "0", "above 0: greedy answers are all the same")
         self.chat, self.parse, self.temperature = chat, parse, temperature
         self.name = (
             f"majority({name_of(chat)}, samples={samples}, tokens={tokens}, temperature={temperature:g})"
@@ -1650,7 +1628,7 @@ class majority:
             return True
         used = [getattr(r, "completion_tokens", None) for r in have]
         if None in used:
-            _refuse("tokens", repr(self.tokens), "None, since the chat does not say how many tokens it used")
+            refuse("tokens", repr(self.tokens), "None, since the chat does not say how many tokens it used")
         return sum(used) * (len(have) + 1) <= self.tokens * len(have)
 
     def _vote(self, replies):
