@@ -5209,6 +5209,31 @@ d = {
                 "speech/common.html#crops.__len__",
                 "lmlab/speech/common.py",
             ),
+            "lmlab.speech.common.LogSpectrum": ("speech/common.html#logspectrum", "lmlab/speech/common.py"),
+            "lmlab.speech.common.LogSpectrum.__init__": (
+                "speech/common.html#logspectrum.__init__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.LogSpectrum.features": (
+                "speech/common.html#logspectrum.features",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.LogSpectrum.forward": (
+                "speech/common.html#logspectrum.forward",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.PhaseRecovery": (
+                "speech/common.html#phaserecovery",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.PhaseRecovery.__init__": (
+                "speech/common.html#phaserecovery.__init__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.PhaseRecovery.forward": (
+                "speech/common.html#phaserecovery.forward",
+                "lmlab/speech/common.py",
+            ),
             "lmlab.speech.common.PhonemeTokenizer": (
                 "speech/common.html#phonemetokenizer",
                 "lmlab/speech/common.py",
@@ -5264,6 +5289,22 @@ d = {
             ),
             "lmlab.speech.common.SpeakerEncoder.forward": (
                 "speech/common.html#speakerencoder.forward",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpectralCodec": (
+                "speech/common.html#spectralcodec",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpectralCodec.__init__": (
+                "speech/common.html#spectralcodec.__init__",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpectralCodecConfig": (
+                "speech/common.html#spectralcodecconfig",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpectralCodecConfig.validate_spectra": (
+                "speech/common.html#spectralcodecconfig.validate_spectra",
                 "lmlab/speech/common.py",
             ),
             "lmlab.speech.common.SpeechKit": ("speech/common.html#speechkit", "lmlab/speech/common.py"),
@@ -5331,6 +5372,10 @@ d = {
                 "speech/common.html#fit_codebooks",
                 "lmlab/speech/common.py",
             ),
+            "lmlab.speech.common.fit_spectral_codec": (
+                "speech/common.html#fit_spectral_codec",
+                "lmlab/speech/common.py",
+            ),
             "lmlab.speech.common.follow": ("speech/common.html#follow", "lmlab/speech/common.py"),
             "lmlab.speech.common.frame_counts": ("speech/common.html#frame_counts", "lmlab/speech/common.py"),
             "lmlab.speech.common.have_espeak": ("speech/common.html#have_espeak", "lmlab/speech/common.py"),
@@ -5345,6 +5390,7 @@ d = {
             "lmlab.speech.common.mel_filters": ("speech/common.html#mel_filters", "lmlab/speech/common.py"),
             "lmlab.speech.common.mel_frames": ("speech/common.html#mel_frames", "lmlab/speech/common.py"),
             "lmlab.speech.common.mono": ("speech/common.html#mono", "lmlab/speech/common.py"),
+            "lmlab.speech.common.nearest_wave": ("speech/common.html#nearest_wave", "lmlab/speech/common.py"),
             "lmlab.speech.common.non_termination": (
                 "speech/common.html#non_termination",
                 "lmlab/speech/common.py",
@@ -5369,6 +5415,11 @@ d = {
                 "speech/common.html#speaker_reference",
                 "lmlab/speech/common.py",
             ),
+            "lmlab.speech.common.spectra": ("speech/common.html#spectra", "lmlab/speech/common.py"),
+            "lmlab.speech.common.spectral_config": (
+                "speech/common.html#spectral_config",
+                "lmlab/speech/common.py",
+            ),
             "lmlab.speech.common.spectral_loss": (
                 "speech/common.html#spectral_loss",
                 "lmlab/speech/common.py",
@@ -5391,6 +5442,7 @@ d = {
                 "lmlab/speech/common.py",
             ),
             "lmlab.speech.common.waves": ("speech/common.html#waves", "lmlab/speech/common.py"),
+            "lmlab.speech.common.with_phases": ("speech/common.html#with_phases", "lmlab/speech/common.py"),
             "lmlab.speech.common.word_errors": ("speech/common.html#word_errors", "lmlab/speech/common.py"),
         },
         "lmlab.speech.vall_e_2": {

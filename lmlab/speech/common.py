@@ -44,6 +44,15 @@ __all__ = [
     "Crops",
     "codec_loss",
     "train_codec",
+    "SpectralCodecConfig",
+    "spectral_config",
+    "spectra",
+    "nearest_wave",
+    "with_phases",
+    "LogSpectrum",
+    "PhaseRecovery",
+    "SpectralCodec",
+    "fit_spectral_codec",
     "in_batches",
     "through",
     "si_sdr",
@@ -95,7 +104,14 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    EncodecConfig,
+    EncodecModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_outputs import ModelOutput
 
 from ..core.compat import StrictConfig
@@ -894,6 +910,8 @@ class Codec:
         self,
         model,  # an EncodecModel of one channel that works on whole recordings, as facebook/encodec_24khz does
     ):
+        if not isinstance(model, EncodecModel):
+            refuse("model", type(model).__name__, "an EncodecModel")
         c = model.config
         if c.audio_channels != 1 or c.chunk_length_s is not None or c.normalize:
             refuse(
@@ -912,12 +930,10 @@ class Codec:
     def from_pretrained(
         cls,
         name,  # a folder, or a Hub id such as facebook/encodec_24khz
-        **kw,  # of `EncodecModel.from_pretrained`
+        **kw,  # of `AutoModel.from_pretrained`
     ):
         "Read a codec"
-        from transformers import EncodecModel
-
-        return cls(EncodecModel.from_pretrained(name, use_safetensors=True, **kw))
+        return cls(AutoModel.from_pretrained(name, use_safetensors=True, **kw))
 
     def save_pretrained(self, folder):
         "Write it as `EncodecModel` does"
@@ -984,18 +1000,19 @@ class Codec:
             refuse(
                 "codes", f"{sorted({c.shape[1] for c in codes})} codebooks", "the same number in every row"
             )
-        return self._apart(self._decode, codes, 1)
+        return in_batches(lambda some: self._apart(self._decode, some, 1), codes)
 
     def _decode(self, codes):
         c = torch.zeros(len(codes), max(map(len, codes), default=0), codes[0].shape[1], dtype=torch.long)
         for row, o in zip(c, codes, strict=True):
             row[: len(o)] = o
-        x = (
-            self.model.decoder(self.model.quantizer.decode(c.permute(2, 0, 1).to(self.device)))[:, 0]
-            .float()
-            .clamp(-1, 1)
-            .cpu()
+        z = self.model.quantizer.decode(c.permute(2, 0, 1).to(self.device))
+        known = (
+            dict(frames=torch.tensor([len(o) for o in codes]))
+            if isinstance(self.model, SpectralCodec)
+            else {}
         )
+        x = self.model.decoder(z, **known)[:, 0].float().clamp(-1, 1).cpu()
         return [o[: len(k) * self.hop] for o, k in zip(x, codes, strict=True)]
 
     def _checked(self, codes):
@@ -1221,8 +1238,6 @@ def train_codec(
     progress: bool = True,
 ) -> Codec:
     "Train a codec: from principal components where its shape allows it, then the autoencoder alone, then codebooks from k-means of its real output, then all together"
-    from transformers import EncodecModel
-
     config = config or codec_config()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -1263,6 +1278,209 @@ def train_codec(
             loss=lambda m, b: codec_loss(m, b["input_values"]),
             **kw,
         )
+    return Codec(model)
+
+
+# %% ../../nbs/speech/common.ipynb #657a2020
+@strict
+class SpectralCodecConfig(StrictConfig, EncodecConfig):
+    "An Encodec between two transforms that are given"
+
+    model_type = "lmlab_spectral_codec"
+    window: int = 256  # samples
+    parts: int = 2  # spectra a frame
+    floor: float = 0.01  # added to magnitudes in front of the logarithm
+    rounds: int = 16  # of phase recovery
+    momentum: float = 0.9
+
+    def validate_spectra(self):
+        if (
+            self.window % 2
+            or self.parts < 1
+            or self.hop_length % self.parts
+            or self.hop_length // self.parts > self.window // 2
+        ):
+            raise ValueError(
+                f"window: {self.window}, parts: {self.parts}; allowed are an even window of at least twice the {self.hop_length} samples of a frame over its parts"
+            )
+
+
+def spectral_config(
+    rate: int = 8000,  # Hz
+    codebooks: int = 8,
+    size: int = 256,  # entries of a codebook, a power of 2
+    **overrides,  # any field of `SpectralCodecConfig`
+):
+    "50 frames a second, spectra of at least 32 ms every 10 ms"
+    if whole("rate", rate) % 100:
+        refuse("rate", repr(rate), "a multiple of 100 Hz")
+    window = 2 ** math.ceil(math.log2(0.032 * rate))
+    base = codec_config(rate, (rate // 50,), codebooks, size)
+    shape = dict(
+        sampling_rate=rate,
+        upsampling_ratios=base.upsampling_ratios,
+        codebook_size=size,
+        target_bandwidths=base.target_bandwidths,
+        hidden_size=64,
+        num_filters=1,
+        num_residual_layers=0,
+        num_lstm_layers=1,
+        pad_mode="constant",
+        window=window,
+    )
+    return SpectralCodecConfig(**(shape | overrides))
+
+
+def spectra(
+    x: Tensor,  # b n
+    window: int,  # samples
+    step: int,  # samples
+) -> Tensor:  # b n/step window/2+1 complex
+    "A spectrum for every `step` samples, which stand in the middle of its window; in front of the first sample and after the last are zeros"
+    before = (window - step) // 2
+    x = F.pad(x, (before, window - step - before))
+    return torch.fft.rfft(x.unfold(-1, window, step) * torch.hann_window(window, device=x.device))
+
+
+def nearest_wave(
+    spectrum: Tensor,  # b t window/2+1 complex
+    window: int,
+    step: int,
+    real: Tensor,  # b t boolean: which frames there are
+) -> Tensor:  # b t·step, zero where there is no frame
+    "The waveform whose spectra are nearest in the mean square (Griffin and Lim 1984, eq. 6)"
+    w, real = torch.hann_window(window, device=spectrum.device), real[..., None]
+    t, before = spectrum.shape[1], (window - step) // 2
+    n = (t - 1) * step + window
+    add = lambda frames: F.fold(frames.transpose(1, 2), (1, n), (1, window), stride=(1, step))[:, 0, 0]
+    y = add(torch.fft.irfft(spectrum, window) * w * real) / add((w.square() * real).float()).clamp_min(1e-3)
+    return y[:, before : before + t * step] * real.expand(-1, -1, step).flatten(1)
+
+
+def with_phases(
+    magnitude: Tensor,  # b t window/2+1
+    window: int,
+    step: int,
+    real: Tensor = None,  # b t boolean: which frames there are; None: all
+    rounds: int = 16,
+    momentum: float = 0.9,
+) -> Tensor:  # b t·step
+    "A waveform of about these magnitudes; each row has what it has alone"
+    b, t, f = magnitude.shape
+    real = torch.ones(b, t, dtype=torch.bool, device=magnitude.device) if real is None else real
+    k = torch.arange(f, device=magnitude.device)
+    start = math.pi * (
+        2 * k * step / window * torch.arange(t, device=k.device)[:, None] + k**2 / f
+    )  # each bin a steady tone
+    spectrum, before = torch.polar(magnitude, start.to(magnitude).expand_as(magnitude).contiguous()), 0.0
+    for _ in range(rounds):
+        possible = spectra(nearest_wave(spectrum, window, step, real), window, step)
+        ahead, before = possible + momentum * (possible - before), possible
+        spectrum = magnitude * ahead / ahead.abs().clamp_min(1e-8)
+    return nearest_wave(spectrum, window, step, real)
+
+
+class LogSpectrum(nn.Module):
+    "Waveforms to principal components of log magnitudes"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.project = (
+            config,
+            nn.Linear(config.parts * (config.window // 2 + 1), config.hidden_size),
+        )
+
+    def features(
+        self,
+        x: Tensor,  # b 1 n, a whole number of frames
+    ) -> Tensor:  # b t parts·(window/2+1)
+        "Log magnitudes of a frame's spectra"
+        c = self.config
+        return (
+            (spectra(x[:, 0], c.window, c.hop_length // c.parts).abs() + c.floor)
+            .log()
+            .unflatten(1, (-1, c.parts))
+            .flatten(2)
+        )
+
+    def forward(self, x):  # b 1 n
+        return self.project(self.features(x)).transpose(1, 2)  # b d t
+
+
+class PhaseRecovery(nn.Module):
+    "Principal components back to waveforms"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.expand = (
+            config,
+            nn.Linear(config.hidden_size, config.parts * (config.window // 2 + 1)),
+        )
+
+    def forward(
+        self,
+        z: Tensor,  # b d t
+        frames: Tensor = None,  # b, how many there are; None: all
+    ) -> Tensor:  # b 1 t·hop
+        c = self.config
+        magnitude = (
+            self.expand(z.transpose(1, 2)).unflatten(2, (c.parts, -1)).flatten(1, 2).exp() - c.floor
+        ).clamp_min(0)
+        real = (
+            torch.arange(magnitude.shape[1])
+            < c.parts * (torch.full((len(z),), z.shape[2]) if frames is None else frames.cpu())[:, None]
+        )
+        return with_phases(
+            magnitude, c.window, c.hop_length // c.parts, real.to(z.device), c.rounds, c.momentum
+        )[:, None]
+
+
+class SpectralCodec(EncodecModel):
+    "An Encodec whose encoder is a log spectrum and whose decoder recovers phases; quantiser, files and methods are Encodec's"
+
+    config: SpectralCodecConfig
+    config_class = SpectralCodecConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder, self.decoder = LogSpectrum(config), PhaseRecovery(config)
+        self.post_init()
+
+
+AutoConfig.register(SpectralCodecConfig.model_type, SpectralCodecConfig)
+AutoModel.register(SpectralCodecConfig, SpectralCodec)
+
+
+@torch.no_grad()
+def fit_spectral_codec(
+    ds,  # a speech dataset, or a list of waveforms at the codec's rate
+    config=None,  # a SpectralCodecConfig; None: `spectral_config()`
+    *,
+    frames: int = 24_000,  # that the codebooks are fitted to
+    seed: int = 0,
+    device: str = None,  # None: a GPU if there is one
+) -> Codec:
+    "Principal components and codebooks of real speech; there is no gradient anywhere"
+    config = config or spectral_config()
+    model = SpectralCodec(config).eval().to(_device(device))
+    sound = ds if isinstance(ds, list) else waves(ds, config.sampling_rate)
+    x = torch.cat(
+        [
+            model.encoder.features(padded([w], config.hop_length)[0][:, None].to(model.device))[0]
+            for w in sound
+        ]
+    )
+    mean = x.mean(0)
+    V = (
+        torch.linalg.eigh((x - mean).T.double() @ (x - mean).double())
+        .eigenvectors.flip(1)[:, : config.hidden_size]
+        .to(x)
+    )
+    V = V * V.sum(0).sign()  # a component's sign is free; this one does not depend on the library
+    model.encoder.project.weight.copy_(V.T), model.encoder.project.bias.copy_(-mean @ V)
+    model.decoder.expand.weight.copy_(V), model.decoder.expand.bias.copy_(mean)
+    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: whole("frames", frames)]
+    fit_codebooks(model, model.encoder.project(x[some.to(x.device)]), seed)
     return Codec(model)
 
 
@@ -1774,14 +1992,10 @@ def speaker_reference(
 
 # %% ../../nbs/speech/common.ipynb #be131e33
 SIZES = dict(
-    smoke=dict(strings=24, synthetic=8, held_out=8, codec=8, recogniser=8, speaker=6, again=8, first=1.0),
-    cpu=dict(
-        strings=900, synthetic=300, held_out=120, codec=300, recogniser=500, speaker=300, again=300, first=0.3
-    ),
+    smoke=dict(strings=24, synthetic=8, held_out=8, recogniser=8, speaker=6, again=8),
+    cpu=dict(strings=900, synthetic=300, held_out=120, recogniser=500, speaker=300, again=300),
 )
-SIZES["gpu"] = SIZES["cpu"] | dict(
-    strings=3000, synthetic=1200, codec=6000, recogniser=3000, speaker=1500, again=4200
-)
+SIZES["gpu"] = SIZES["cpu"] | dict(strings=3000, synthetic=1200, recogniser=3000, speaker=1500, again=4200)
 
 
 @dataclass
@@ -1879,9 +2093,9 @@ def speech_kit(
         size=size,
         seed=seed,
         data=train._fingerprint and _digest(train),
-        config=codec_config().to_diff_dict(),
+        config=spectral_config().to_diff_dict(),
         torch=torch.__version__.split("+")[0],
-        version=3,
+        version=4,
     )
     place = (
         Path(folder or cache_dir() / "speech")
@@ -1930,7 +2144,7 @@ def _read_kit(place, train, test):
 
 
 def _train_kit(size, train, test, seed, progress):
-    codec = train_codec(train, steps=size["codec"], first=size["first"], seed=seed, progress=progress)
+    codec = fit_spectral_codec(train, seed=seed)
     some = train.select(np.random.default_rng(seed).permutation(len(train))[: size["again"]])
     again = (some, through(codec, some))
     recogniser = train_recogniser(train, again, steps=size["recogniser"], seed=seed, progress=progress)
