@@ -33,6 +33,7 @@ __all__ = [
     "espeak_strings",
     "mel_filters",
     "log_mel",
+    "in_batches",
     "codec_config",
     "Codec",
     "quantise",
@@ -53,7 +54,6 @@ __all__ = [
     "PhaseRecovery",
     "SpectralCodec",
     "fit_spectral_codec",
-    "in_batches",
     "through",
     "si_sdr",
     "repeat_rate",
@@ -871,6 +871,22 @@ def log_mel(
     return mel[:, : -(-x.shape[-1] // hop)].clamp_min(1e-5).log10().reshape(*x.shape[:-1], -1, bins)
 
 
+# %% ../../nbs/speech/common.ipynb #a4e5aa4a
+def in_batches(
+    f: Callable,  # list -> list of as many
+    items: list,
+    key: Callable = len,  # items of about equal length go together
+    size: int = 32,
+) -> list:
+    "A function of a batch, over many, in their order"
+    out, order = [None] * len(items), sorted(range(len(items)), key=lambda i: key(items[i]))
+    for k in range(0, len(order), size):
+        some = order[k : k + size]
+        for i, o in zip(some, f([items[i] for i in some]), strict=True):
+            out[i] = o
+    return out
+
+
 # %% ../../nbs/speech/common.ipynb #1752b980
 def codec_config(
     rate: int = 8000,  # Hz
@@ -1007,11 +1023,10 @@ class Codec:
         for row, o in zip(c, codes, strict=True):
             row[: len(o)] = o
         z = self.model.quantizer.decode(c.permute(2, 0, 1).to(self.device))
-        known = (
-            dict(frames=torch.tensor([len(o) for o in codes]))
-            if isinstance(self.model, SpectralCodec)
-            else {}
-        )
+        sees_ahead = (
+            "frames" in inspect.signature(self.model.decoder.forward).parameters
+        )  # then padding must be known
+        known = dict(frames=torch.tensor([len(o) for o in codes])) if sees_ahead else {}
         x = self.model.decoder(z, **known)[:, 0].float().clamp(-1, 1).cpu()
         return [o[: len(k) * self.hop] for o, k in zip(x, codes, strict=True)]
 
@@ -1290,7 +1305,7 @@ class SpectralCodecConfig(StrictConfig, EncodecConfig):
     window: int = 256  # samples
     parts: int = 2  # spectra a frame
     floor: float = 0.01  # added to magnitudes in front of the logarithm
-    rounds: int = 16  # of phase recovery
+    rounds: int = 8  # of phase recovery
     momentum: float = 0.9
 
     def validate_spectra(self):
@@ -1362,7 +1377,7 @@ def with_phases(
     window: int,
     step: int,
     real: Tensor = None,  # b t boolean: which frames there are; None: all
-    rounds: int = 16,
+    rounds: int = 8,
     momentum: float = 0.9,
 ) -> Tensor:  # b t·step
     "A waveform of about these magnitudes; each row has what it has alone"
@@ -1476,7 +1491,9 @@ def fit_spectral_codec(
         .eigenvectors.flip(1)[:, : config.hidden_size]
         .to(x)
     )
-    V = V * V.sum(0).sign()  # a component's sign is free; this one does not depend on the library
+    V = torch.where(
+        V.sum(0) < 0, -V, V
+    )  # a component's sign is free; this one does not depend on the library
     model.encoder.project.weight.copy_(V.T), model.encoder.project.bias.copy_(-mean @ V)
     model.decoder.expand.weight.copy_(V), model.decoder.expand.bias.copy_(mean)
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: whole("frames", frames)]
@@ -1485,21 +1502,6 @@ def fit_spectral_codec(
 
 
 # %% ../../nbs/speech/common.ipynb #ca0ab221
-def in_batches(
-    f: Callable,  # list -> list of as many
-    items: list,
-    key: Callable = len,  # items of about equal length go together
-    size: int = 32,
-) -> list:
-    "A function of a batch, over many, in their order"
-    out, order = [None] * len(items), sorted(range(len(items)), key=lambda i: key(items[i]))
-    for k in range(0, len(order), size):
-        some = order[k : k + size]
-        for i, o in zip(some, f([items[i] for i in some]), strict=True):
-            out[i] = o
-    return out
-
-
 def through(
     codec: Codec,
     ds,  # a speech dataset

@@ -146,7 +146,7 @@ def repetition_aware(
     top_p: float | Tensor = 0.0,  # as in `nucleus`
     exclude_repeated: bool = False,  # draw again from what is left when the repeated outcome is taken out
 ) -> Tensor:  # b v
-    "The exact law of one repetition-aware draw (eq. 4; with `exclude_repeated` eq. 5)"
+    "The exact law of one repetition-aware draw (eq. 1; with `exclude_repeated` eq. 2)"
     q = nucleus(probs, top_p)
     if not exclude_repeated:
         return q * ~hit + (q * hit).sum(-1, keepdim=True) * probs
@@ -380,7 +380,7 @@ class VallE2AR(VallE2Stack):
         codes: Tensor,  # b n g
         position: Tensor,  # b n
     ) -> Tensor:  # b n d
-        "One vector a group (eq. 1)"
+        "One vector a group (eq. 3)"
         e = self.code(codes).flatten(2)
         return (e if self.W_g is None else self.W_g(e)) + self.code_position(position)
 
@@ -457,7 +457,7 @@ class VallE2NAR(VallE2Stack):
         codes: Tensor,  # b t j
         known: Tensor,  # b t j boolean: which enter the sum
     ) -> Tensor:  # b t d
-        "The sum of the embeddings of the codes that are known (eq. 6)"
+        "The sum of the embeddings of the codes that are known (eq. 5)"
         v, j = self.config.codebook_size, self.config.num_codebooks
         e = self.code(torch.where(known, codes, 0) + v * torch.arange(j, device=codes.device))
         return (e * known[..., None]).sum(2)
@@ -663,7 +663,7 @@ class VallE2ForTextToSpeech(PreTrainedModel):
         self.post_init()
 
     def forward(self, **batch):
-        "The first model's; each trains on its own, with `ar_loss` and `nar_loss`"
+        "The first model's; each is trained on its own, by `train`"
         return self.ar(**batch)
 
     @torch.no_grad()
