@@ -1679,10 +1679,11 @@ class Recogniser(PreTrainedModel):
         batch_size: int = 64,
     ) -> list:  # of str
         "What is said: the best label of each frame, repeats and blanks taken out"
-        out, joint = [], " " if self.config.unit == "word" else ""
+        out, joint, training = [], " " if self.config.unit == "word" else "", self.training
+        self.eval()
         for i in range(0, len(waves), batch_size):
             x, lengths = padded(waves[i : i + batch_size])
-            got = self.eval()(x.to(self.device), lengths.to(self.device))
+            got = self(x.to(self.device), lengths.to(self.device))
             for row, n in zip(got.logits.argmax(-1).cpu(), got.frames.tolist(), strict=True):
                 ids = torch.unique_consecutive(row[:n])
                 out.append(
@@ -1690,6 +1691,7 @@ class Recogniser(PreTrainedModel):
                         self.config.vocabulary[j] for j in ids.tolist() if j < len(self.config.vocabulary)
                     )
                 )
+        self.train(training)
         return out
 
     def labels(
@@ -1909,10 +1911,12 @@ class SpeakerEncoder(PreTrainedModel):
         batch_size: int = 64,
     ) -> Tensor:  # b e, rows of length 1
         "Who speaks, as a vector"
-        out = []
+        out, training = [], self.training
+        self.eval()
         for i in range(0, len(waves), batch_size):
             x, lengths = padded(waves[i : i + batch_size])
-            out.append(self.eval()(x.to(self.device), lengths.to(self.device)).embedding.cpu())
+            out.append(self(x.to(self.device), lengths.to(self.device)).embedding.cpu())
+        self.train(training)
         return torch.cat(out)
 
 
