@@ -6,6 +6,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +19,11 @@ if not shutil.which("nvidia-smi"):
     os.environ["TRITON_INTERPRET"] = "1"  # no GPU: Triton kernels run in its interpreter, on the CPU
 for name in ("LMLAB_OUT", "LMLAB_DATA", "LMLAB_RUN"):
     os.environ.pop(name, None)
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell leaves it in the background; runs that tests interrupt would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if not WORKER:  # the workers inherit the folder: a nano model is trained once for all of them

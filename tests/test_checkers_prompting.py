@@ -205,7 +205,7 @@ def forgets(chat, tasks, transcript=None, **kw):
 
 
 def never_changes(kind, n=30, seed=0):
-    common._whole("seed", seed, 0)
+    common.whole("seed", seed, 0)
     return make_tasks(kind, n=n)
 
 
