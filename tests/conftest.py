@@ -20,9 +20,8 @@ if not shutil.which("nvidia-smi"):
 for name in ("LMLAB_OUT", "LMLAB_DATA", "LMLAB_RUN"):
     os.environ.pop(name, None)
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as a shell leaves it in the background; runs that tests interrupt would inherit it
+# A shell starts what runs in the background with interrupts ignored, and the runs that tests interrupt would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
