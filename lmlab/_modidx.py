@@ -5303,6 +5303,14 @@ d = {
                 "speech/common.html#spectralcodecconfig",
                 "lmlab/speech/common.py",
             ),
+            "lmlab.speech.common.SpectralCodecConfig.frame_size": (
+                "speech/common.html#spectralcodecconfig.frame_size",
+                "lmlab/speech/common.py",
+            ),
+            "lmlab.speech.common.SpectralCodecConfig.step": (
+                "speech/common.html#spectralcodecconfig.step",
+                "lmlab/speech/common.py",
+            ),
             "lmlab.speech.common.SpectralCodecConfig.validate_spectra": (
                 "speech/common.html#spectralcodecconfig.validate_spectra",
                 "lmlab/speech/common.py",
@@ -5319,6 +5327,7 @@ d = {
             "lmlab.speech.common._batch": ("speech/common.html#_batch", "lmlab/speech/common.py"),
             "lmlab.speech.common._both": ("speech/common.html#_both", "lmlab/speech/common.py"),
             "lmlab.speech.common._carve": ("speech/common.html#_carve", "lmlab/speech/common.py"),
+            "lmlab.speech.common._code_rates": ("speech/common.html#_code_rates", "lmlab/speech/common.py"),
             "lmlab.speech.common._count": ("speech/common.html#_count", "lmlab/speech/common.py"),
             "lmlab.speech.common._device": ("speech/common.html#_device", "lmlab/speech/common.py"),
             "lmlab.speech.common._digest": ("speech/common.html#_digest", "lmlab/speech/common.py"),

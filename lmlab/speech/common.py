@@ -95,6 +95,7 @@ import tempfile
 import warnings
 import wave as wavefile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -224,13 +225,10 @@ def load_wav(
 ) -> tuple:  # n float32; rate in Hz
     "Read mono 16-bit wav by the standard library, anything else by soundfile"
     data = path if isinstance(path, bytes) else Path(path).read_bytes()
-    try:
-        with wavefile.open(io.BytesIO(data)) as f:
-            if (f.getsampwidth(), f.getnchannels(), f.getcomptype()) == (2, 1, "NONE"):
-                x = np.frombuffer(f.readframes(f.getnframes()), "<i2")
-                return mono(x.astype(np.int16), _name(path)), f.getframerate()
-    except (wavefile.Error, EOFError):
-        pass
+    with suppress(wavefile.Error, EOFError), wavefile.open(io.BytesIO(data)) as f:
+        if (f.getsampwidth(), f.getnchannels(), f.getcomptype()) == (2, 1, "NONE"):
+            x = np.frombuffer(f.readframes(f.getnframes()), "<i2")
+            return mono(x.astype(np.int16), _name(path)), f.getframerate()
     try:
         import soundfile
     except ImportError:
@@ -872,6 +870,10 @@ def log_mel(
 
 
 # %% ../../nbs/speech/common.ipynb #a4e5aa4a
+def _mask(lengths, frames):
+    return torch.arange(frames, device=lengths.device) < lengths[:, None]
+
+
 def in_batches(
     f: Callable,  # list -> list of as many
     items: list,
@@ -896,11 +898,6 @@ def codec_config(
     **overrides,  # any field of `EncodecConfig`
 ):
     "A small `EncodecConfig`"
-    from transformers import EncodecConfig
-
-    if rate % math.prod(ratios):
-        refuse("ratios", repr(ratios), f"a product that divides the rate of {rate} Hz")
-    kbps = rate // math.prod(ratios) * math.log2(size) / 1000
     shape = dict(
         hidden_size=64,
         num_filters=32,
@@ -910,12 +907,19 @@ def codec_config(
         last_kernel_size=5,
         pad_mode="constant",
     )
-    return EncodecConfig(
+    return EncodecConfig(**(_code_rates(rate, ratios, codebooks, size) | shape | overrides))
+
+
+def _code_rates(rate, ratios, codebooks, size):
+    "What a config says about how many codes there are"
+    if rate % math.prod(ratios):
+        refuse("ratios", repr(ratios), f"a product that divides the rate of {rate} Hz")
+    kbps = rate // math.prod(ratios) * math.log2(size) / 1000
+    return dict(
         sampling_rate=rate,
         upsampling_ratios=list(ratios),
         codebook_size=size,
         target_bandwidths=[round(kbps * codebooks, 6)],
-        **(shape | overrides),
     )
 
 
@@ -1023,9 +1027,8 @@ class Codec:
         for row, o in zip(c, codes, strict=True):
             row[: len(o)] = o
         z = self.model.quantizer.decode(c.permute(2, 0, 1).to(self.device))
-        sees_ahead = (
-            "frames" in inspect.signature(self.model.decoder.forward).parameters
-        )  # then padding must be known
+        # A decoder that sees ahead must know where each row ends; a causal one has no such argument.
+        sees_ahead = "frames" in inspect.signature(self.model.decoder.forward).parameters
         known = dict(frames=torch.tensor([len(o) for o in codes])) if sees_ahead else {}
         x = self.model.decoder(z, **known)[:, 0].float().clamp(-1, 1).cpu()
         return [o[: len(k) * self.hop] for o, k in zip(x, codes, strict=True)]
@@ -1308,15 +1311,20 @@ class SpectralCodecConfig(StrictConfig, EncodecConfig):
     rounds: int = 8  # of phase recovery
     momentum: float = 0.9
 
+    @property
+    def step(self) -> int:
+        "Samples from spectrum to spectrum"
+        return self.hop_length // self.parts
+
+    @property
+    def frame_size(self) -> int:
+        "Magnitudes of a frame"
+        return self.parts * (self.window // 2 + 1)
+
     def validate_spectra(self):
-        if (
-            self.window % 2
-            or self.parts < 1
-            or self.hop_length % self.parts
-            or self.hop_length // self.parts > self.window // 2
-        ):
+        if self.window % 2 or self.parts < 1 or self.hop_length % self.parts or 2 * self.step > self.window:
             raise ValueError(
-                f"window: {self.window}, parts: {self.parts}; allowed are an even window of at least twice the {self.hop_length} samples of a frame over its parts"
+                f"window: {self.window}, parts: {self.parts}; allowed are parts that divide the {self.hop_length} samples of a frame, and an even window at least twice as long as a part"
             )
 
 
@@ -1330,12 +1338,7 @@ def spectral_config(
     if whole("rate", rate) % 100:
         refuse("rate", repr(rate), "a multiple of 100 Hz")
     window = 2 ** math.ceil(math.log2(0.032 * rate))
-    base = codec_config(rate, (rate // 50,), codebooks, size)
     shape = dict(
-        sampling_rate=rate,
-        upsampling_ratios=base.upsampling_ratios,
-        codebook_size=size,
-        target_bandwidths=base.target_bandwidths,
         hidden_size=64,
         num_filters=1,
         num_residual_layers=0,
@@ -1343,7 +1346,7 @@ def spectral_config(
         pad_mode="constant",
         window=window,
     )
-    return SpectralCodecConfig(**(shape | overrides))
+    return SpectralCodecConfig(**(_code_rates(rate, (rate // 50,), codebooks, size) | shape | overrides))
 
 
 def spectra(
@@ -1354,7 +1357,9 @@ def spectra(
     "A spectrum for every `step` samples, which stand in the middle of its window; in front of the first sample and after the last are zeros"
     before = (window - step) // 2
     x = F.pad(x, (before, window - step - before))
-    return torch.fft.rfft(x.unfold(-1, window, step) * torch.hann_window(window, device=x.device))
+    return torch.fft.rfft(
+        x.unfold(-1, window, step) * torch.hann_window(window, dtype=x.dtype, device=x.device)
+    )
 
 
 def nearest_wave(
@@ -1364,11 +1369,11 @@ def nearest_wave(
     real: Tensor,  # b t boolean: which frames there are
 ) -> Tensor:  # b t·step, zero where there is no frame
     "The waveform whose spectra are nearest in the mean square (Griffin and Lim 1984, eq. 6)"
-    w, real = torch.hann_window(window, device=spectrum.device), real[..., None]
+    w, real = torch.hann_window(window, dtype=spectrum.real.dtype, device=spectrum.device), real[..., None]
     t, before = spectrum.shape[1], (window - step) // 2
     n = (t - 1) * step + window
     add = lambda frames: F.fold(frames.transpose(1, 2), (1, n), (1, window), stride=(1, step))[:, 0, 0]
-    y = add(torch.fft.irfft(spectrum, window) * w * real) / add((w.square() * real).float()).clamp_min(1e-3)
+    y = add(torch.fft.irfft(spectrum, window) * w * real) / add(w.square() * real).clamp_min(1e-3)
     return y[:, before : before + t * step] * real.expand(-1, -1, step).flatten(1)
 
 
@@ -1400,22 +1405,17 @@ class LogSpectrum(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.project = (
-            config,
-            nn.Linear(config.parts * (config.window // 2 + 1), config.hidden_size),
-        )
+        self.config = config
+        self.project = nn.Linear(config.frame_size, config.hidden_size)
 
     def features(
         self,
         x: Tensor,  # b 1 n, a whole number of frames
-    ) -> Tensor:  # b t parts·(window/2+1)
+    ) -> Tensor:  # b t frame_size
         "Log magnitudes of a frame's spectra"
         c = self.config
         return (
-            (spectra(x[:, 0], c.window, c.hop_length // c.parts).abs() + c.floor)
-            .log()
-            .unflatten(1, (-1, c.parts))
-            .flatten(2)
+            (spectra(x[:, 0], c.window, c.step).abs() + c.floor).log().unflatten(1, (-1, c.parts)).flatten(2)
         )
 
     def forward(self, x):  # b 1 n
@@ -1427,10 +1427,8 @@ class PhaseRecovery(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.expand = (
-            config,
-            nn.Linear(config.hidden_size, config.parts * (config.window // 2 + 1)),
-        )
+        self.config = config
+        self.expand = nn.Linear(config.hidden_size, config.frame_size)
 
     def forward(
         self,
@@ -1441,13 +1439,8 @@ class PhaseRecovery(nn.Module):
         magnitude = (
             self.expand(z.transpose(1, 2)).unflatten(2, (c.parts, -1)).flatten(1, 2).exp() - c.floor
         ).clamp_min(0)
-        real = (
-            torch.arange(magnitude.shape[1])
-            < c.parts * (torch.full((len(z),), z.shape[2]) if frames is None else frames.cpu())[:, None]
-        )
-        return with_phases(
-            magnitude, c.window, c.hop_length // c.parts, real.to(z.device), c.rounds, c.momentum
-        )[:, None]
+        real = None if frames is None else _mask(c.parts * frames.to(z.device), magnitude.shape[1])
+        return with_phases(magnitude, c.window, c.step, real, c.rounds, c.momentum)[:, None]
 
 
 class SpectralCodec(EncodecModel):
@@ -1595,10 +1588,6 @@ class RecogniserConfig(StrictConfig):
             raise ValueError(f"unit: {self.unit!r}; allowed are 'word' and 'character'")
         if len(set(self.vocabulary)) != len(self.vocabulary) or not self.vocabulary:
             raise ValueError("vocabulary: at least one entry, none twice")
-
-
-def _mask(lengths, frames):
-    return torch.arange(frames, device=lengths.device) < lengths[:, None]
 
 
 def normalised(
