@@ -3441,6 +3441,7 @@ d = {
             "lmlab.core.ledger.Paper": ("core/ledger.html#paper", "lmlab/core/ledger.py"),
             "lmlab.core.ledger.Paper.url": ("core/ledger.html#paper.url", "lmlab/core/ledger.py"),
             "lmlab.core.ledger._beside": ("core/ledger.html#_beside", "lmlab/core/ledger.py"),
+            "lmlab.core.ledger._code_hash": ("core/ledger.html#_code_hash", "lmlab/core/ledger.py"),
             "lmlab.core.ledger._plain": ("core/ledger.html#_plain", "lmlab/core/ledger.py"),
             "lmlab.core.ledger._shape": ("core/ledger.html#_shape", "lmlab/core/ledger.py"),
             "lmlab.core.ledger.all_results": ("core/ledger.html#all_results", "lmlab/core/ledger.py"),

@@ -219,12 +219,11 @@ _SKIP = {
 
 def python_files() -> tuple:  # root folder, list of paths
     "The running Python's library sources"
-    root = Path(sysconfig.get_path("stdlib"))
-    found = [
-        p
-        for p in sorted(root.rglob("*.py"))
-        if not _SKIP & set(p.relative_to(root).parts) and not p.name.startswith("_sysconfigdata")
-    ]
+    root, found = Path(sysconfig.get_path("stdlib")), []
+    for folder, inside, names in os.walk(root):
+        inside[:] = set(inside) - _SKIP  # what is skipped may hold more files than all the rest
+        found += [Path(folder, o) for o in names if o.endswith(".py") and not o.startswith("_sysconfigdata")]
+    found.sort()
     if not found:
         raise ValueError(
             f"source: 'python' found no library sources in {root} (a zipped or stripped Python); give a file or a folder instead"

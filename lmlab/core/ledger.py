@@ -393,8 +393,18 @@ def code_hash(
     path,  # a notebook
 ) -> str:  # 16 hexadecimal digits
     "Hash of the code cells' syntax; prose, comments, layout, outputs and the parameters cell do not count"
+    raw = Path(path).read_bytes()
+    if (key := hashlib.sha256(raw).digest()) not in _CODE_HASHES:
+        _CODE_HASHES[key] = _code_hash(json.loads(raw)["cells"])
+    return _CODE_HASHES[key]
+
+
+_CODE_HASHES = {}  # of a notebook's bytes -> of its code: a chapter asks at every measurement, and syntax trees are slow to walk
+
+
+def _code_hash(cells):
     h = hashlib.sha256()
-    for c in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]:
+    for c in cells:
         if c["cell_type"] != "code" or {"parameters", "injected-parameters"} & set(
             c["metadata"].get("tags", [])
         ):

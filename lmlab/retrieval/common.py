@@ -141,12 +141,19 @@ def fingerprint(
     tokenizer,  # of transformers
 ) -> str:  # 16 hexadecimal digits
     "A hash of everything that decides which ids a text gets"
-    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        about = json.loads(fast.to_str())
-        about = {k: v for k, v in about.items() if k not in ("truncation", "padding", "version")}
-    else:
-        about = dict(kind=type(tokenizer).__name__, vocab=tokenizer.get_vocab())
-    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        return _hash(
+            json.dumps(dict(kind=type(tokenizer).__name__, vocab=tokenizer.get_vocab()), sort_keys=True)
+        )
+    text = fast.to_str()
+    if (key := _hash(text)) not in _FINGERPRINTS:
+        about = {k: v for k, v in json.loads(text).items() if k not in ("truncation", "padding", "version")}
+        _FINGERPRINTS[key] = _hash(json.dumps(about, sort_keys=True))
+    return _FINGERPRINTS[key]
+
+
+_hash = lambda text: hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+_FINGERPRINTS = {}  # a tokenizer's JSON, hashed as it comes -> its fingerprint: to parse it takes far longer than to hash it
 
 
 def check_shift(
