@@ -288,6 +288,18 @@ d = {
             "lmlab.adapters.common.within": ("adapters/common.html#within", "lmlab/adapters/common.py"),
         },
         "lmlab.adapters.mora": {
+            "lmlab.adapters.mora.MergedForGood": (
+                "adapters/mora.html#mergedforgood",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.MergedForGood._refuse": (
+                "adapters/mora.html#mergedforgood._refuse",
+                "lmlab/adapters/mora.py",
+            ),
+            "lmlab.adapters.mora.MergedForGood.merge_and_unload": (
+                "adapters/mora.html#mergedforgood.merge_and_unload",
+                "lmlab/adapters/mora.py",
+            ),
             "lmlab.adapters.mora.MoRA": ("adapters/mora.html#mora", "lmlab/adapters/mora.py"),
             "lmlab.adapters.mora.MoRA.__init__": (
                 "adapters/mora.html#mora.__init__",
@@ -363,6 +375,7 @@ d = {
                 "adapters/mora.html#merge_and_reset",
                 "lmlab/adapters/mora.py",
             ),
+            "lmlab.adapters.mora.merged_class": ("adapters/mora.html#merged_class", "lmlab/adapters/mora.py"),
             "lmlab.adapters.mora.mora": ("adapters/mora.html#mora", "lmlab/adapters/mora.py"),
             "lmlab.adapters.mora.mora_grad": ("adapters/mora.html#mora_grad", "lmlab/adapters/mora.py"),
             "lmlab.adapters.mora.on_the_fly": ("adapters/mora.html#on_the_fly", "lmlab/adapters/mora.py"),

@@ -28,6 +28,8 @@ __all__ = [
     "get_mora_model",
     "OnTheFly",
     "on_the_fly",
+    "MergedForGood",
+    "merged_class",
     "merge_and_reset",
     "ReMoraCallback",
     "contracts",
@@ -49,7 +51,7 @@ from lmlab.adapters.common import (
     Adapted,
     AdapterConfig,
     Update,
-    fold,
+    check_merge,
     full,
     functions_of,
     get_adapted_model,
@@ -419,6 +421,32 @@ def on_the_fly(
 
 
 # %% ../../nbs/adapters/mora.ipynb #f1516c80
+class MergedForGood:
+    "What an adapted model can no longer do once an update was merged for good"
+
+    def _refuse(self, *args, **kwargs):
+        raise ValueError(
+            "model: updates were merged for good: the base is not what it was, "
+            "and an adapter's file would not restore the model; use merge_and_unload"
+        )
+
+    unload = unmerge_adapter = disable_adapter = save_pretrained = _refuse
+
+    def merge_and_unload(self):
+        self.__class__ = type(self).__mro__[2]  # the adapted class, which knows its base
+        return self.merge_and_unload()
+
+
+@lru_cache(None)
+def merged_class(
+    cls: type,  # of an adapted model
+) -> type:
+    "The class of an adapted model that was merged for good, under the same name"
+    return type(
+        cls.__name__, (MergedForGood, cls), dict(__module__=cls.__module__, __qualname__=cls.__qualname__)
+    )
+
+
 @torch.no_grad()
 def merge_and_reset(
     model: nn.Module,  # with MoRA, changed in place
@@ -439,15 +467,18 @@ def merge_and_reset(
                 f"'rotation' at {n}, where r_hat is {len(m.acting().M)}",
                 "rotation on even sides",
             )
-    fold(model)
+        check_merge(m, n)
     for m in found.values():
         update = m.acting()
+        m.weight.copy_(m.merged_weight())
         update.M.zero_()
         update.mora_type = name or update.mora_type
         if optimizer is not None:
             optimizer.state.pop(update.M, None)
     config = model.adapter_configs[model.active_adapter]
     config.mora_type = name or config.mora_type
+    if not isinstance(model, MergedForGood):
+        model.__class__ = merged_class(type(model))
 
 
 # %% ../../nbs/adapters/mora.ipynb #0fd0655a
