@@ -196,3 +196,15 @@ def test_decoding_with_a_cache_is_decoding_without():
             )
     assert torch.equal(fast, now[:, ask.shape[1] :])
     assert not torch.equal(fast, say) and torch.equal(fast[:, ~own], say[:, ~own])
+
+
+def test_the_last_drawing_of_a_tiling_has_to_be_a_filling():
+    for item in some("tiling"):
+        gold = item["states"][-1]
+        assert vot.track(item, f"Done:\n{gold}")["last"] is True
+        i = next(i for i, o in enumerate(item["map"]) if o not in "⬜\n")  # a square that was given
+        for paint in sorted(set(item["symbols"]) - {gold[i]}):
+            assert not vot.track(item, f"Done:\n{gold[:i] + paint + gold[i + 1 :]}")["last"]
+        assert not vot.track(item, f"Done:\n{gold}\nNo:\n{gold[:i] + '⬜' + gold[i + 1 :]}")[
+            "last"
+        ]  # the last counts
