@@ -205,6 +205,5 @@ def test_the_last_drawing_of_a_tiling_has_to_be_a_filling():
         i = next(i for i, o in enumerate(item["map"]) if o not in "⬜\n")  # a square that was given
         for paint in sorted(set(item["symbols"]) - {gold[i]}):
             assert not vot.track(item, f"Done:\n{gold[:i] + paint + gold[i + 1 :]}")["last"]
-        assert not vot.track(item, f"Done:\n{gold}\nNo:\n{gold[:i] + '⬜' + gold[i + 1 :]}")[
-            "last"
-        ]  # the last counts
+        holed = gold[:i] + "⬜" + gold[i + 1 :]
+        assert not vot.track(item, f"Done:\n{gold}\nNo:\n{holed}")["last"]  # it is the last that counts

@@ -10,7 +10,6 @@ import base64
 import io
 import os
 import platform
-import random
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -116,15 +115,15 @@ class Chapter:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise ValueError(f"seed: {seed!r}; a whole number from 0 to 2**32-1 is allowed")
         self.paper, self.title, self.idea, self.scale, self.seed = find(slug), title, idea, scale, seed
-        import numpy as np
         import torch
+
+        from lmlab.core.fit import seed_all
 
         if scale == "gpu" and not torch.cuda.is_available():
             raise RuntimeError(
                 "scale: 'gpu' needs a CUDA device and none is here; allowed are 'smoke' and 'cpu'"
             )
-        for seeded in (random.seed, np.random.seed, torch.manual_seed):
-            seeded(seed)
+        seed_all(seed)
         self.device = torch.device("cuda" if scale == "gpu" else "cpu")
         self.threads, self.claims, self.started = torch.get_num_threads(), {}, time.time()
         self.out = Path(os.environ.get("LMLAB_OUT") or cache_dir() / "runs" / slug / scale)
@@ -221,14 +220,14 @@ class Chapter:
         fig.savefig(drawn, bbox_inches="tight", dpi=120)
         close(fig)  # an open figure is shown again at the end of its cell
         picture = Image.open(drawn).convert("RGB")
+        width, height = (n * 2 // 3 for n in picture.size)  # on the page; the rest is for sharp screens
         picture.quantize(256).save(path, optimize=True)  # a third of the size, for no loss that an eye finds
-        shown = {
-            o: round(n * 2 / 3) for o, n in zip(("width", "height"), picture.size, strict=True)
-        }  # 80 dots an inch, for sharp screens
+        if path.stat().st_size > 150_000:  # a spectrogram, say, which is not sharp anyway
+            picture.resize((width, height)).quantize(64).save(path, optimize=True)
         display(
             {"image/png": base64.b64encode(path.read_bytes()).decode(), "text/plain": f"figure: {name}"},
             raw=True,
-            metadata={"image/png": shown},
+            metadata={"image/png": dict(width=width, height=height)},
         )
 
     def report(self) -> Table:
